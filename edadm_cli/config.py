@@ -63,7 +63,10 @@ class CollectConfig(StageConfig):
     num_steps: int | None = setting(None, "T, the number of sampler steps; by default the model's own.", ge=1)
     guidance_scale: float | None = setting(None, "Scale of classifier-free guidance; by default the model's own.", ge=0)
     prompts: Path | None = setting(
-        None, "Text file, one prompt per line; by default the model's own prompts.", identity="never", metavar="FILE"
+        None,
+        "File of prompts: a text with one per line, or .json, .csv or .tsv; by default the model's own prompts.",
+        identity="never",
+        metavar="FILE",
     )
     images: Path | None = setting(
         None,
@@ -146,8 +149,8 @@ class ReconstructConfig(StageConfig):
 
     bits: BitWidth = setting(
         ...,
-        "Bit width, 2 to 8 each, such as w4a8; w4g32a8 has groups of 32 weights; auto:4.5a8, auto:4.25g32a8 or"
-        " auto:1.8MiB after edadm sensitivity.",
+        "Bits of weights and activations, 2 to 8 each, such as w4a8; w4g32a8 has groups of 32 weights; auto:4.5a8,"
+        " auto:4.25g32a8 or auto:1.8MiB after edadm sensitivity.",
         metavar="wXaY",
     )
     recipe: Recipe = setting(..., f"How layers are quantized: {RECIPE_NAMES}.", metavar="NAME|FILE")

@@ -44,7 +44,10 @@ class EvaluateConfig(EngineStageConfig):
     num_steps: int | None = setting(None, "Sampler steps; by default as collected.", ge=1)
     guidance_scale: float | None = setting(None, "Scale of classifier-free guidance; by default as collected.", ge=0)
     prompts: Path | None = setting(
-        None, "Text file, one prompt per line; by default the model's own prompts.", identity="never", metavar="FILE"
+        None,
+        "File of prompts: a text with one per line, or .json, .csv or .tsv; by default the model's own prompts.",
+        identity="never",
+        metavar="FILE",
     )
     real: str | None = setting(
         None,
@@ -90,7 +93,9 @@ class SampleConfig(EngineStageConfig):
     num_steps: int | None = setting(None, "Sampler steps; by default as collected.", ge=1)
     guidance_scale: float | None = setting(None, "Scale of classifier-free guidance; by default as collected.", ge=0)
     prompt: tuple[str, ...] = setting(
-        (), "Prompt of an image; repeatable; by default the model's own prompts.", metavar="TEXT"
+        (),
+        "Prompt of the images; repeatable, and several take turns; by default the model's own prompts.",
+        metavar="TEXT",
     )
     arithmetic: Literal["fake-quantize", "integer"] = setting(
         "fake-quantize",

@@ -6,6 +6,7 @@ Both are attributes of `edadm_cli`. The stages can be called one by one too: eac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,10 @@ def _on_engine(
     lora: Mapping[str | Path, float],
     reporter: Reporter,
 ) -> LoadedModel:
-    """Returns the export on an engine: from the engine's files in its run, elsewhere compiled for a usual call."""
+    """Returns the export on an engine: from the engine's files in its run, elsewhere compiled for a usual call.
+
+    It is compiled too where the run has no such files and may not be written, as one of another user.
+    """
     from edadm_cli.engines.base import EngineOptions
     from edadm_cli.engines.files import compile_new, load_on_engine
     from edadm_cli.engines.pipeline import put_on_engine
@@ -199,8 +203,9 @@ def _on_engine(
             f"The engine '{engine.name}' runs no LoRA beside quantized layers; 'torch' and 'cuda' do.",
             hint="edadm_cli.load(FOLDER, engine='torch', lora=...), or fuse the file: edadm export --lora FILE --force",
         )
-    if not lora and run_folder is not None and kind == "export" and run_folder.has("select"):
-        return load_on_engine(run_folder, run_folder.open("export", name), engine, device, dtype, reporter)
+    in_run = run_folder if kind == "export" and run_folder is not None and run_folder.has("select") else None
+    if not lora and in_run is not None and _has_or_takes_files(in_run, str(name), engine):
+        return load_on_engine(in_run, in_run.open("export", name), engine, device, dtype, reporter)
     engine.require(device)
     model = load_model(str(path), device, dtype)
     load_loras(model, lora)
@@ -208,3 +213,11 @@ def _on_engine(
         args, kwargs = example_call(each.denoiser, batch_size=1)
         put_on_engine(each, compile_new(engine, each.denoiser, args, kwargs, EngineOptions(device, dtype)))
     return model
+
+
+def _has_or_takes_files(run: RunFolder, bits: str, engine: Engine) -> bool:
+    """Returns whether a run holds the engine's files of an export, or may be written so that they can be made."""
+    from edadm_cli.engines.base import FileEngine
+    from edadm_cli.engines.files import KIND
+
+    return not isinstance(engine, FileEngine) or run.has(KIND, f"{bits}-{engine.name}") or os.access(run.root, os.W_OK)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, MachineError
 
 MAX_BYTES = 256 * 1024
 MAX_YAML_BYTES = 64 * 1024  # whose parser is slower
@@ -30,6 +30,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
     Raises:
         InputError: The file cannot be read, is not TOML, or exceeds the limits.
+        MachineError: Permission is denied.
     """
     try:
         content = tomllib.loads(_read_text(path, what, MAX_BYTES))
@@ -44,6 +45,7 @@ def read_yaml(path: Path, what: str) -> Any:
 
     Raises:
         InputError: The file cannot be read, is not plain YAML, or exceeds the limits.
+        MachineError: Permission is denied.
     """
     import yaml
 
@@ -90,6 +92,8 @@ def _read_text(path: Path, what: str, max_bytes: int) -> str:
         if size > max_bytes:
             raise InputError(f"{what} {path} has {size} bytes; at most {max_bytes} are read.")
         return path.read_bytes().decode("utf-8")
+    except PermissionError as error:
+        raise MachineError(f"{what} {path} cannot be read: permission is denied.") from error
     except OSError as error:
         raise InputError(f"{what} {path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
 

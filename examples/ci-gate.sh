@@ -3,6 +3,7 @@
 #
 #   ci-gate.sh MODEL BITS MIN_PSNR_DB MAX_LATENT_REL_L2 [options of `edadm evaluate`]
 #
+# $EDADM_RUN is the run folder, by default ./edadm-run, and $EDADM_CONFIG a configuration file for all stages, by default none.
 # Exit codes are those of edadm: 5 when the quality is not reached, 3 for a broken model, 4 for a machine that cannot.
 # With 0 and 5, the metrics are in $EDADM_RUN/evaluation.json.
 set -euo pipefail

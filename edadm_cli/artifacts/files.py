@@ -26,6 +26,11 @@ _MACHINE_REASONS = {
     errno.EROFS: "the file system is read-only",
     errno.EFBIG: "the file would be larger than this process may write (ulimit -f)",
     errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open",
+    errno.ENOLCK: "this file system has no locks, which keep two processes from writing one artifact",
+    errno.EOPNOTSUPP: "this file system does not support the operation",
+    errno.ESTALE: "the file server no longer knows this file",
+    errno.ETIMEDOUT: "the file server does not answer",
     errno.EIO: "the disk reports an input/output error",
     errno.ENOMEM: "memory is used up",
 }
@@ -37,12 +42,17 @@ _hashes: dict[tuple[int, int, int, int], str] = {}
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _SHOWN_OF_LONG_NAMES = 60
+_NO_TEMPORARY_FOLDER = "No usable temporary directory found"  # the beginning of what Python's tempfile says
 
 
 def explain_os_error(error: OSError, place: str | os.PathLike[str] | None = None) -> EdadmError | None:
     """Turns an operating-system error that the user can mend into one sentence; `None` for any other."""
     where = place if place is not None else error.filename
     named = f"{where}: " if where is not None else ""
+    if str(error.strerror).startswith(_NO_TEMPORARY_FOLDER):
+        return MachineError(
+            "There is no folder for temporary files that can be written.", hint="set TMPDIR to a folder with free space"
+        )
     if error.errno in _MACHINE_REASONS:
         hint = (
             "free some space, or use another folder with --run" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None

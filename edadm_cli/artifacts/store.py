@@ -21,7 +21,7 @@ from edadm_cli.artifacts.artifact import Artifact, has_manifest, open_artifact
 from edadm_cli.artifacts.build import Build, adopt, recover
 from edadm_cli.artifacts.files import explained_os_errors
 from edadm_cli.artifacts.identity import SCHEMA_VERSION, compute_identity, differences
-from edadm_cli.artifacts.locks import BeingReadError, read_lock, write_lock
+from edadm_cli.artifacts.locks import BeingReadError, UnwritableError, read_lock, write_lock
 from edadm_cli.artifacts.manifest import Manifest, ModelRef, ParentRef, now, read_manifest
 from edadm_cli.bits import BitWidth
 from edadm_cli.engine_config import CACHE_NAMES, FeaturesName
@@ -188,7 +188,7 @@ class RunFolder:
         with ExitStack() as stack:
             try:
                 stack.enter_context(write_lock(path))
-            except BeingReadError:  # an artifact that others read can be reused, and nothing else
+            except (BeingReadError, UnwritableError):  # such an artifact can be reused, and nothing else
                 stack.enter_context(read_lock(path))
                 if force or not has_manifest(path):
                     raise

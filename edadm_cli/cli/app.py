@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from edadm_cli.cli.boundary import guard
 from edadm_cli.cli.signals import handled_signals
@@ -28,6 +28,21 @@ _MARKUP: Literal["rich"] | None = "rich" if shutil.get_terminal_size().columns >
 def _examples(lines: Sequence[str]) -> str:
     """Returns command lines as a paragraph of help; the backspace in front keeps its lines from being joined."""
     return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
+
+
+class _SwitchesWithoutType:
+    """Shows no type behind the switches that Typer adds, such as `--help`: they take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+                parameter.metavar = ""
+        return parameters
+
+
+class _LoadedCommand(_SwitchesWithoutType, TyperCommand):
+    """A command once its module is imported."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ class Command:
             context_settings=_CONTEXT,
             rich_markup_mode=_MARKUP,
         )
-        single.command(self.name, help=self.help, epilog=_examples(self.examples))(function)
+        single.command(self.name, cls=_LoadedCommand, help=self.help, epilog=_examples(self.examples))(function)
         return typer.main.get_command(single)
 
 
@@ -207,7 +222,7 @@ COMMANDS = {
 }
 
 
-class _LazyGroup(TyperGroup):
+class _LazyGroup(_SwitchesWithoutType, TyperGroup):
     """Lists commands by their descriptions, and imports only the one that is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -29,7 +29,7 @@ from edadm_cli.stage_config import SIZE_ARGUMENTS
 
 _OWN = (
     flags.field_parameter(COLLECT.config, "model"),
-    flags.several_bits("Bit widths, repeatable or with commas: w8a8,w4a8."),
+    flags.several_bits("Bits of weights and activations, 2 to 8 each, repeatable or with commas: w8a8,w4a8."),
     flags.RECIPE,
     flags.field_parameter(EVALUATE.config, "num_images"),
     *(

@@ -61,12 +61,14 @@ class IsolatedProcess(Generic[T]):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, partial(make, *arguments)), daemon=True)
-        with _threads_in_environment(threads), _no_main_module():
+        with _threads_in_environment(threads), _no_main_module(), _interrupts_held_back():
             self._process.start()
         theirs.close()
         try:
             self._receive()
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt does not wait for a process that is still importing
+                self._process.kill()
             self.close()
             raise
 
@@ -171,6 +173,7 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 
 def _serve(connection: Connection, make: Callable[[], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent process reports the interrupt
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _write_to_stderr()
     # while it compiles, torch warns of a missing CUDA compiler even where there is no GPU, and of torchao's types
     for name in ("torch.utils.cpp_extension", "torch.utils._pytree"):
@@ -224,6 +227,19 @@ def _no_main_module() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Returns a context in which a new process begins with SIGINT held back, until it has set how to take it.
+
+    An interpreter that is interrupted while it imports its modules would write a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -197,8 +197,8 @@ def _downloaded_inception() -> Path:
             f"The Inception weights were expected in {path} and are missing; HF_HUB_OFFLINE forbids a download.",
             hint=hint,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix="6726825d", progress=False)
     except (OSError, RuntimeError) as error:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import shutil
 import sys
@@ -76,6 +77,16 @@ def test_an_export_is_loaded_with_the_engine_that_is_named_or_the_fastest(run: P
         edadm_cli.load(folder, engine="fastest")
     with pytest.raises(InputError, match="holds no exported pipeline"):
         edadm_cli.load(run)
+
+
+def test_an_export_in_a_run_that_may_not_be_written_is_loaded_on_the_engine(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied, ignore=shutil.ignore_patterns("engine"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not hold root
+    assert edadm_cli.load(copied / "export" / "w4a8", device="cpu").edadm_engine == "openvino"
+    assert not (copied / "engine").exists()
 
 
 def test_where_no_engine_runs_an_export_torch_does_and_the_reason_is_reported(

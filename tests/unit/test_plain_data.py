@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel  # noqa: F401
 
 from edadm_cli.cli.settings import read_config_file
-from edadm_cli.errors import EXIT_INPUT, EXIT_USAGE, EdadmError
+from edadm_cli.errors import EXIT_INPUT, EXIT_USAGE, EdadmError, MachineError
 from edadm_cli.models.checkpoints.accounting import empty_module
 from edadm_cli.models.checkpoints.compvis_config import read_config
 from edadm_cli.recipe import load_recipe
@@ -61,6 +62,18 @@ def test_an_integer_of_thousands_of_digits_is_described_without_advice_to_progra
     path.write_text(TOML["5,000 digits"], encoding="utf-8")
     message = refused(read_config_file, path).message
     assert message.endswith("is not readable TOML: it holds an integer of thousands of digits.")
+
+
+def test_a_file_that_may_not_be_read_is_for_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(self: Path) -> bytes:  # permissions do not hold root
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    path = tmp_path / "mine.toml"
+    path.write_text("seed = 1")
+    monkeypatch.setattr(Path, "read_bytes", deny)
+    for read in (lambda: read_config_file(path), lambda: load_recipe(str(path))):
+        with pytest.raises(MachineError, match=r"mine\.toml cannot be read: permission is denied"):
+            read()
 
 
 def test_a_recipe_that_no_file_can_be_is_refused() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edadm_cli.errors import InputError, UsageError, quoted
+from edadm_cli.errors import InputError, MachineError, UsageError, quoted
 from edadm_cli.models.shipped import shipped_prompts
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InputError: The file is missing, too large, not UTF-8, empty, has a prompt that is too long, or is not of the
             form that its name promises.
+        MachineError: Permission is denied.
     """
     file, column = _split_column(path)
     text = _read_text(file)
@@ -133,6 +134,8 @@ def _read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"The prompt file {path} is not UTF-8: byte {error.start} does not decode.") from error
+    except PermissionError as error:
+        raise MachineError(f"The prompt file {path} cannot be read: permission is denied.") from error
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(f"The prompt file {path} cannot be read: {reason}.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -99,6 +100,18 @@ def test_a_folder_that_cannot_be_written_is_reported(tiny_ddpm: Path, tmp_path: 
     with _small_disk(tmp_path / "disk", "size=1m"):  # permissions do not hold root
         _remount(tmp_path / "disk", "ro")
         assert "the file system is read-only" in failure(capsys, collect, 4)
+
+
+def test_a_run_on_a_read_only_disk_is_up_to_date_and_replaced_by_nothing(
+    run: Path, tiny_ddpm: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    collect = ["collect", "--model", str(tiny_ddpm), *OPTIONS, "--run", str(tmp_path / "disk" / "run")]
+    with _small_disk(tmp_path / "disk", "size=8m"):
+        shutil.copytree(run, tmp_path / "disk" / "run")
+        _remount(tmp_path / "disk", "ro")
+        assert main([*collect, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["status"] == "up_to_date"
+        assert "read-only" in failure(capsys, [*collect, "--force"], 4)
 
 
 def test_a_folder_of_another_user_is_reported(tmp_path: Path) -> None:

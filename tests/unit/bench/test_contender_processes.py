@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +88,38 @@ def test_a_process_does_not_tell_of_the_gpu_that_it_was_not_to_use(
     said = (tmp_path / "stderr").read_text()
     assert "of something else" in said
     assert "of CUDA's compiler" not in said
+
+
+def test_a_process_begins_with_interrupts_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt of its imports would write a traceback; `_serve` takes interrupts once they are done."""
+
+    def held_back() -> set[int]:
+        return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    at_start: list[set[int]] = []
+    process = SimpleNamespace(start=lambda: at_start.append(held_back()), kill=lambda: None, join=lambda timeout: None)
+    process.is_alive = lambda: False
+    ours, theirs = multiprocessing.Pipe()
+    theirs.send(("done", None))
+    context = SimpleNamespace(Pipe=lambda: (ours, theirs), Process=lambda **_: process)
+    monkeypatch.setattr(isolation, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
+    isolation.IsolatedProcess(lambda status: EdadmError("lost"), dict).close()
+    assert signal.SIGINT in at_start[0]
+    assert signal.SIGINT not in held_back()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(isolation, "_write_to_stderr", lambda: None)
+    try:
+        ends = multiprocessing.Pipe()
+        isolation._serve(ends[1], _fail)
+        assert signal.SIGINT not in held_back()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _fail() -> None:
+    raise EdadmError("no")
 
 
 @pytest.mark.usefixtures("forked_processes")

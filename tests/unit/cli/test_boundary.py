@@ -43,6 +43,8 @@ def _invalid(make: Callable[[], Any]) -> ValidationError:
         (NotADirectoryError(errno.ENOTDIR, "x", "/d"), 3, "/d: a folder was expected, and there is a file."),
         (IsADirectoryError(errno.EISDIR, "x", "/d"), 3, "/d: a file was expected, and this is a folder."),
         (OSError(errno.EPERM, "x"), 4, "the operation is not permitted."),
+        (OSError(errno.ETIMEDOUT, "x", "/d"), 4, "/d: the file server does not answer."),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/d']"), 4, "temporary files"),
         (MemoryError(), 4, "memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 4, "memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 4, "memory"),

@@ -104,3 +104,12 @@ def test_the_help_names_options_whole_in_a_narrow_terminal() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "40"})
     assert "--parity-samples" in done.stdout
     assert "…" not in done.stdout
+
+
+@pytest.mark.parametrize("words", [[], ["inspect"]])
+def test_the_help_shows_no_type_behind_a_switch(words: list[str]) -> None:
+    script = f"from edadm_cli.cli.app import main; main({[*words, '--help']!r})"
+    command, environment = [sys.executable, "-c", script], {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "--help" in done.stdout
+    assert "<bool>" not in done.stdout

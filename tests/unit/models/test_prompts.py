@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edadm_cli.errors import EXIT_INPUT, InputError, UsageError
+from edadm_cli.errors import EXIT_INPUT, InputError, MachineError, UsageError
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.pipeline_calls.prompts import (
@@ -59,6 +60,17 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.txt", tmp_path, Path("/"), Path("/dev/zero")):
         with pytest.raises(InputError, match="cannot be read"):
             read_prompts(path)
+
+
+def test_a_file_that_may_not_be_read_is_for_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(self: Path, *arguments: object) -> None:  # permissions do not hold root
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    path = tmp_path / "prompts.txt"
+    path.write_text("a")
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(MachineError, match=r"prompts\.txt cannot be read: permission is denied"):
+        read_prompts(path)
 
 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
