@@ -116,9 +116,8 @@ def _not_a_width(text: str) -> UsageError:
             hint="edadm run and edadm bench take several at once",
         )
     return UsageError(
-        "--bits takes wXaY, where X and Y are the bits of weights and activations, from 2 to 8, such as w4a8; wXgGaY"
-        " with groups of G weights, such as w4g32a8; auto:4.5a8 for an average of 4.5 bits per weight, also from 2 to"
-        f" 8; or auto:1.5MiB for a size of the denoiser; got '{text}'.",
+        "--bits takes the bits of weights and activations, 2 to 8 each: w4a8, w4g32a8 with groups of weights, or"
+        f" auto:4.5a8 and auto:1.5MiB for an average and a size; got '{text}'.",
         hint="edadm reconstruct --bits w4a8",
     )
 

@@ -281,7 +281,7 @@ def _read(name_or_path: str, depth: int) -> dict[str, Any]:
         raise UsageError(
             f"There is no recipe '{name_or_path[:200]}': it is neither a file nor one of "
             f"{', '.join(shipped_recipes())}.",
-            hint="edadm reconstruct --recipe default",
+            hint=did_you_mean(name_or_path, shipped_recipes()) or "edadm reconstruct --recipe default",
         )
     fields = _nulls(read_toml(path, "The recipe"))
     fields.setdefault("name", path.stem)

@@ -177,6 +177,12 @@ def test_a_message_names_the_field_that_was_meant(tmp_path: Path, text: str, mea
     assert caught.value.hint == f"did you mean '{meant}'?"
 
 
+def test_a_misspelt_recipe_is_answered_with_the_known_one() -> None:
+    with pytest.raises(UsageError, match="There is no recipe 'quik'") as caught:
+        load_recipe("quik")
+    assert caught.value.hint == "did you mean 'quick'?"
+
+
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not readable TOML"):

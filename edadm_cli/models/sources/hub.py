@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from edadm_cli.errors import InputError
+from edadm_cli.artifacts import explain_os_error
+from edadm_cli.errors import InputError, MachineError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _TIMEOUT_S = 10.0
@@ -27,6 +28,7 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
     Raises:
         InputError: The model is not in the cache and the hub cannot be reached, or the hub has no such model, refuses
             it, or has no safetensors weights of it.
+        MachineError: The disk is full, or the cache may not be written.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -48,6 +50,9 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
     except InputError:
         raise
     except Exception as error:
+        reason_here = explain_os_error(error) if isinstance(error, OSError) else None
+        if isinstance(reason_here, MachineError):  # a full disk, or a cache that may not be written
+            raise reason_here from error
         if local_only:
             raise InputError(
                 f"'{repo_id}' is not in the local cache, and the Hugging Face hub cannot be reached from here.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
@@ -301,6 +302,16 @@ def test_a_hub_repository_with_variants_only_is_fetched_as_such(
         message = refusal("owner/name").message
         assert "no safetensors weights" in message
         assert len(message) < 200
+
+
+def test_a_download_for_which_there_is_no_space_is_for_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(repo_id: str, **options: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/blob")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", fetch)
+    with pytest.raises(MachineError, match="/cache/blob: the disk is full"):
+        load_model("owner/name", CPU, torch.float32)
 
 
 def test_options_of_a_pipeline_that_are_lists_and_its_guiders_are_loaded(tmp_path: Path) -> None:
