@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _LINE_SECONDS = 30.0
+_CANNOT_REDRAW = ("dumb", "unknown")  # terminals on which rich shows a bar only when it is done
+
+
+def can_redraw() -> bool:
+    """Returns whether stderr is a terminal that can draw a line anew, as a progress bar needs it."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in _CANNOT_REDRAW
 
 
 class ConsoleReporter:

@@ -18,7 +18,7 @@ from edadm_cli.artifacts import Artifact, RunFolder, Stage, StageRecord, spent
 from edadm_cli.artifacts.peak import reset_peak
 from edadm_cli.cli import current_run, flags, settings
 from edadm_cli.cli.boundary import report_error
-from edadm_cli.cli.console import ConsoleReporter
+from edadm_cli.cli.console import ConsoleReporter, can_redraw
 from edadm_cli.cli.contention import Scheduling
 from edadm_cli.cli.output import Output, show
 from edadm_cli.cli.process_setup import keep_freed_memory, share_gpu_memory, silence_libraries
@@ -245,10 +245,10 @@ def _begin(
         command=command,
         output=output,
         reporter=ConsoleReporter(
-            bars=sys.stderr.isatty() and not quiet and launched_index() == 0,
+            bars=can_redraw() and not quiet and launched_index() == 0,
             verbose=verbose,
             silent=launched_index() > 0,
-            lines=not sys.stderr.isatty() and not quiet,
+            lines=not can_redraw() and not quiet,
         ),
         run_folder=run_folder,
         file=settings.read_config_file(config_file),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edadm_cli.cli.console import ConsoleReporter
+from edadm_cli.cli.console import ConsoleReporter, can_redraw
 from edadm_cli.cli.process_setup import keep_freed_memory
 from edadm_cli.progress import Reporter, SilentReporter
 
@@ -57,6 +57,18 @@ def test_in_a_log_progress_is_a_line_now_and_then(
             advance(2)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["units: 4 of 9 done, 31 s after the start", "units: 8 of 9 done, 62 s after the start"]
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "kind", "redraws"),
+    [(True, "xterm", True), (True, "dumb", False), (True, "", True), (False, "xterm", False)],
+)
+def test_a_terminal_that_cannot_redraw_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, kind: str, redraws: bool
+) -> None:
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: is_terminal))
+    monkeypatch.setenv("TERM", kind)
+    assert can_redraw() is redraws
 
 
 WARNING = "import warnings; warnings.warn('of a library')"
