@@ -127,7 +127,7 @@ def test_command_lines_that_cannot_be_are_refused_before_any_work(
     [
         ("[reconstruct]\nbits = 48", "got '48'"),
         ("[reconstruct]\nbits = ['w4a8', 'w8a8']", "--bits takes one width here"),
-        ("[reconstruct]\nbits = 'auto:99a8'", "also from 2 to 8"),
+        ("[reconstruct]\nbits = 'auto:99a8'", "2 to 8 each"),
         ("[reconstruct]\nbits = 'w4a8'\nrecipe = 5", "got 5"),
         ("[reconstruct]\nbits = 'w4a8'\n[reconstruct.recipe]\nname = 'mine'", "A recipe is given by its name"),
     ],
