@@ -228,7 +228,7 @@ def test_bit_widths_are_read_and_written(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["w9a8", "w4", "banana", "", "w1a8", "w4a16", "w04a8", "a8w4", "w4a8x", "w4a8\nw4a8"])
 def test_other_bit_widths_are_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError, match="from 2 to 8") as caught:
+    with pytest.raises(UsageError, match="2 to 8 each") as caught:
         BitWidth.parse(text)
     assert caught.value.exit_code == 2
 
