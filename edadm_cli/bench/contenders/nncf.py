@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from edadm_cli.bench.contenders.base import Contender, Preparation
-from edadm_cli.bench.spec import Spec, folder_mib
+from edadm_cli.bench.spec import ContenderEnvironment, Spec, folder_mib
+from edadm_cli.engines.base import EngineOptions
 from edadm_cli.errors import UsageError
 
 
@@ -66,3 +69,14 @@ class Nncf(Contender):
                 size_mib=folder_mib(folder),
             )
         ]
+
+    def load(self, spec: Spec, environment: ContenderEnvironment) -> Callable[..., Any]:
+        """Compiles the graph as it is: NNCF's users have none of the forms that this package's engine gives a graph."""
+        from edadm_cli.engines.openvino import files
+        from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser
+
+        assert spec.folder is not None
+        graph, description = files.read(spec.folder)
+        options = EngineOptions(torch.device(environment.device), getattr(torch, spec.dtype), environment.threads)
+        interface, layers, shapes = description.interface, description.layers, description.shapes
+        return OpenVinoDenoiser(graph, interface, layers, options, shapes, is_rewritten=False)

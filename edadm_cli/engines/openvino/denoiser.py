@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import openvino as ov
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,16 @@ from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecuti
 from edadm_cli.engines.graph.description import PlannedLayer
 from edadm_cli.engines.graph.interface import GraphInterface
 from edadm_cli.engines.graph.tracing import sharing_copy
-from edadm_cli.engines.openvino import constant_inputs, forms, saturation, sinusoids
+from edadm_cli.engines.openvino import condition, constant_inputs, forms, group_norm, saturation, sinusoids
 from edadm_cli.engines.openvino.convert import convert
-from edadm_cli.engines.openvino.execution import executed_layers, operation_times, runtime_nodes
+from edadm_cli.engines.openvino.execution import RuntimeNode, executed_layers, operation_times, runtime_nodes
 from edadm_cli.engines.openvino.int4 import widen
 from edadm_cli.errors import EdadmError, InputError
+from edadm_cli.models.denoiser_calls.call_templates import SAMPLE, TIMESTEP
 
 # only two are kept, because each compiled graph holds all weights in the layout of its kernels
 _SHAPES_KEPT = 2
+_CONDITIONS_KEPT = 2  # those of the two branches of guidance
 _GRAPHS_KEPT = 2  # such as those of the two branches of guidance, whose prompts differ in length
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -62,6 +65,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
         planned: The layers as planned.
         options: The options of the engine.
         shapes: The shapes of the inputs for which the graph is compiled immediately.
+        is_rewritten: Whether what runs faster in another form is rewritten; if not, OpenVINO gets the graph as it is.
     """
 
     def __init__(
@@ -71,8 +75,11 @@ class OpenVinoDenoiser(CompiledDenoiser):
         planned: tuple[PlannedLayer, ...],
         options: EngineOptions,
         shapes: Shapes,
+        *,
+        is_rewritten: bool = True,
     ) -> None:
         self._graphs, self._planned, self._options = [_Graph(graph, interface)], planned, options
+        self._is_rewritten = is_rewritten
         self._source: nn.Module | None = None
         self._core = ov.Core()
         self._requests: OrderedDict[tuple[_Graph, Shapes], _Compiled] = OrderedDict()
@@ -142,7 +149,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
     def layers(self) -> tuple[LayerExecution, ...]:
         """Returns how each layer runs, from the runtime graph of the shape that was used last."""
         compiled = next(reversed(self._requests.values()))
-        return executed_layers(runtime_nodes(compiled.model), self._planned, compiled.in_float, self._rest)
+        return executed_layers(compiled.nodes, self._planned, compiled.in_float, self._rest)
 
     @property
     def _rest(self) -> str:
@@ -150,7 +157,10 @@ class OpenVinoDenoiser(CompiledDenoiser):
         return str(self._options.rest_dtype).removeprefix("torch.")
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
-        """Returns the time of each operation of one call after a warm-up call, from a copy with counters."""
+        """Returns the time of each operation of one call after a warm-up call, from a copy with counters.
+
+        Layers that are computed once per condition do not run in such a call.
+        """
         graph, _, tensors = self._fitting(args, kwargs)
         compiled = self._compile(graph, _shapes(tensors), {"PERF_COUNT": True})
         for _ in range(2):
@@ -174,9 +184,17 @@ class OpenVinoDenoiser(CompiledDenoiser):
         try:
             model.reshape(dict(zip(inputs, map(list, shapes), strict=True)))
             constant = dict.fromkeys(constant_inputs.compute_in_float(model), constant_inputs.REASON)
-            faster = forms.use_faster_forms(model, plugin_properties(self._options))
-            in_float = dict.fromkeys(saturating, saturation.REASON) | faster | constant
-            return _Compiled(self._core, model, self._options, more, in_float)
+            in_float = dict.fromkeys(saturating, saturation.REASON) | constant
+            once: ov.Model | None = None
+            if self._is_rewritten:
+                in_float |= forms.use_faster_forms(model, plugin_properties(self._options))
+                group_norm.normalize_by_rows(model)
+                once = condition.take_out(model, [inputs[place] for place in _steady_places(inputs)])
+            compiled = _Compiled(self._core, model, self._options, more, in_float)
+            if once is not None:
+                head = _Compiled(self._core, once, self._options, more, in_float)
+                compiled.once = _OncePerCondition(head, _steady_places(inputs))
+            return compiled
         except RuntimeError as error:
             sizes = ", ".join(f"{name} {list(shape)}" for name, shape in zip(inputs, shapes, strict=True))
             graph.misfits[shapes] = InputError(
@@ -188,6 +206,9 @@ class OpenVinoDenoiser(CompiledDenoiser):
 
 class _Compiled:
     """Holds a graph that is compiled for one shape, and the graph of its sinusoids if the rest is not float32.
+
+    Attributes:
+        once: What was taken out of the graph to be computed once per condition.
 
     Args:
         core: OpenVINO's core object.
@@ -210,6 +231,7 @@ class _Compiled:
     ) -> None:
         head = None if options.rest_dtype == torch.float32 else sinusoids.take_out(graph)
         self.in_float = in_float
+        self.once: _OncePerCondition | None = None
         self.model = core.compile_model(graph, "CPU", plugin_properties(options) | more)
         self._request = self.model.create_infer_request()
         self._head: ov.InferRequest | None = None
@@ -217,15 +239,53 @@ class _Compiled:
             properties = plugin_properties(replace(options, rest_dtype=torch.float32))
             self._head = core.compile_model(head, "CPU", properties).create_infer_request()
 
+    @property
+    def nodes(self) -> list[RuntimeNode]:
+        """Returns the nodes of the compiled graphs, first of those that run once per condition."""
+        return ([] if self.once is None else self.once.compiled.nodes) + runtime_nodes(self.model)
+
     def infer(self, tensors: list[Tensor]) -> Tensor:
         """Returns a copy of the output for the graph's inputs."""
-        inputs = [tensor.contiguous().numpy() for tensor in tensors]
-        if self._head is not None:
-            self._head.infer(inputs, share_inputs=True)
-            inputs = inputs + [output.data for output in self._head.output_tensors]
-        self._request.infer(inputs, share_inputs=True)
         # the request writes its next output to the same memory
-        return torch.from_numpy(self._request.get_output_tensor(0).data.copy())
+        return torch.from_numpy(self.outputs([tensor.contiguous().numpy() for tensor in tensors])[0].copy())
+
+    def outputs(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Returns the outputs, in memory that the next call writes to."""
+        more = [] if self.once is None else self.once.values(inputs)
+        if self._head is not None:
+            self._head.infer(inputs + more, share_inputs=True)
+            more = more + [output.data for output in self._head.output_tensors]
+        self._request.infer(inputs + more, share_inputs=True)
+        return [output.data for output in self._request.output_tensors]
+
+
+class _OncePerCondition:
+    """Computes what depends only on the condition, and keeps the values of the two conditions that were used last.
+
+    Args:
+        compiled: The compiled graph.
+        steady: The places of the inputs that belong to the condition.
+    """
+
+    def __init__(self, compiled: _Compiled, steady: list[int]) -> None:
+        self.compiled, self._steady = compiled, steady
+        self._kept: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
+
+    def values(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Returns the values for a call's inputs."""
+        condition = [inputs[place] for place in self._steady]
+        for index, (kept, values) in enumerate(self._kept):
+            if all(map(np.array_equal, kept, condition)):
+                self._kept.append(self._kept.pop(index))
+                return values
+        values = [output.copy() for output in self.compiled.outputs(inputs)]
+        self._kept = [*self._kept[1 - _CONDITIONS_KEPT :], ([array.copy() for array in condition], values)]
+        return values
+
+
+def _steady_places(inputs: Iterable[str]) -> list[int]:
+    """Returns the places of the inputs that belong to the condition, which is the same at every step."""
+    return [place for place, name in enumerate(inputs) if name not in (SAMPLE, TIMESTEP)]
 
 
 def shapes_of(interface: GraphInterface, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:

@@ -16,6 +16,7 @@ from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution
 from edadm_cli.engines.graph.description import DESCRIPTION_FILE
 from edadm_cli.engines.openvino import OpenVinoEngine, forms
+from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser
 from edadm_cli.engines.openvino.execution import runtime_nodes
 from edadm_cli.engines.openvino.files import GRAPH_FILE, WEIGHTS_FILE, read
 from edadm_cli.engines.openvino.int4 import widen
@@ -129,6 +130,25 @@ def test_masked_tokens_are_left_out(denoiser: nn.Module, call: Call) -> None:
     assert torch.equal(changed, compiled(*args, **masked[1]).sample)
 
 
+def test_a_prompt_is_projected_once(files: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, description = read(files)
+    widen(graph)
+    given = description.interface, description.layers, CPU, description.shapes
+    compiled, plain = OpenVinoDenoiser(graph, *given), OpenVinoDenoiser(graph, *given, is_rewritten=False)
+    computed = list[int]()
+    once = next(iter(compiled._requests.values())).once
+    assert once is not None
+    compute = once.compiled.outputs
+    monkeypatch.setattr(once.compiled, "outputs", lambda inputs: computed.append(1) or compute(inputs))
+    args, kwargs = call
+    first, second = kwargs["encoder_hidden_states"], kwargs["encoder_hidden_states"] + 1
+    for states, number in ((first, 1), (first.clone(), 1), (second, 2), (first, 2), (second + 1, 3), (first, 3)):
+        prompt = {**kwargs, "encoder_hidden_states": states}
+        assert relative_l2(compiled(*args, **prompt).sample, plain(*args, **prompt).sample) < CLOSE
+        assert len(computed) == number
+    assert {layer.precision for layer in compiled.layers if "attn2.to_k" in layer.name} == {"int8"}
+
+
 def test_a_size_that_cannot_be_is_an_input_error(compiled: CompiledDenoiser, denoiser: nn.Module) -> None:
     args, kwargs = example_call(denoiser, batch_size=1, size=(7, 7))
     with pytest.raises(InputError, match=r"does not fit inputs of sample \[1, 4, 7, 7\]"):
@@ -201,7 +221,8 @@ def test_profile_names_layers_and_times(compiled: CompiledDenoiser, call: Call) 
     args, kwargs = call
     rows = compiled.profile(*args, **kwargs)
     named = {row.name for row in rows}
-    assert {row.name for row in compiled.layers} <= named
+    once_per_prompt = {row.name for row in compiled.layers if row.name.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert {row.name for row in compiled.layers} - named == once_per_prompt
     assert sum(row.milliseconds for row in rows) > 0
     kinds = {row.name: row.kind for row in rows}
     assert kinds["down_blocks.0.resnets.0.conv1"] == "conv2d"
