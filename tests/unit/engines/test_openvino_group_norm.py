@@ -19,6 +19,7 @@ class Normalized(nn.Module):
         self.convolution = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm = nn.GroupNorm(8, channels, eps=1e-5)
         nn.init.normal_(self.convolution.weight, std=(9 * channels) ** -0.5)
+        assert self.convolution.bias is not None
         nn.init.normal_(self.convolution.bias, mean=mean)
         nn.init.normal_(self.norm.weight, mean=1, std=0.1)
         nn.init.normal_(self.norm.bias, std=0.1)
