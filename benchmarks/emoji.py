@@ -3,15 +3,18 @@
     python benchmarks/emoji.py --out studies/emoji --gpus 0,1 --workers 12
     python benchmarks/emoji.py --out studies/emoji --table
     python benchmarks/emoji.py --out studies/emoji --rows docs/data/emoji.jsonl --gpus 0 --workers 12 --images 500
-    python benchmarks/emoji.py --out studies/emoji --rows docs/data/emoji.jsonl --export docs/data/emoji.jsonl
+    python benchmarks/emoji.py --out studies/emoji --rows docs/data/emoji.jsonl --images 500 --export FILE
+    python benchmarks/emoji.py --out studies/emoji --models ddpm-emoji --ddpm-emoji training/weights/ddpm-emoji --gpus 0
     python benchmarks/emoji.py --rows docs/data/emoji.jsonl --table
     python benchmarks/emoji.py --out studies/emoji --picture emoji-sd.webp
 
 A row is one variant of a recipe (`benchmarks/learner.py` says how a variant is written) on one model, at one bit width,
 with one seed. Each row leaves one JSON file below OUT/results; the same command skips rows that exist, so that an
 interrupted study continues, in the middle of a row if OUT/runs is still there. `--rows` names rows that were measured
-before, which are skipped as well, if they have as many pictures. Rows come in the order of their importance, but none
-is begun that would not end within `--seconds`, by the times of the rows before it. Nothing is downloaded.
+before, which are skipped as well, if they have as many pictures. With `--keep` the quantized models stay in OUT/runs,
+so that a later command with another number of pictures measures them without learning again. Rows come in the order of
+their importance, but none is begun that would not end within `--seconds`, by the times of the rows before it. Nothing
+is downloaded.
 
 Metrics of a row, over `--images` pictures of one seed each, which no calibration has seen:
 
@@ -22,7 +25,7 @@ Metrics of a row, over `--images` pictures of one seed each, which no calibratio
   two use the features of the emoji encoder and of EfficientNet-Lite0;
 - `frechet`, `frechet_spatial`: distance to the training pictures, in the features of the emoji encoder;
   `frechet_imagenet`, `kernel_imagenet`: distance to the 967 pictures with held-out names, in the features of
-  EfficientNet-Lite0;
+  EfficientNet-Lite0. The pictures of `ddpm-emoji` are compared with real ones of their size, 32x32;
 - `top1`, `top5`: share of the pictures whose name ranks first, or among the first five, of 500.
 """
 
@@ -41,13 +44,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner import link_collection, variant_recipe
-from study.emoji_rows import KEYS, MODELS, Row, rows_in_order
+from study.emoji_rows import KEYS, MODELS, SMALL_MODEL, Row, rows_in_order
 from study.emoji_shared import (
     Study,
     card,
     claim,
     collect_trajectories,
-    generate_exact,
+    exact_pictures,
     load,
     make_unclaimed,
     measure_sensitivity,
@@ -55,6 +58,8 @@ from study.emoji_shared import (
     say,
     write,
 )
+from study.emoji_steps import table as steps_table
+from study.emoji_summary import table as summary_table
 from study.emoji_table import export, read_results, table
 from study.mps import mps_daemons
 
@@ -65,20 +70,13 @@ if TYPE_CHECKING:
 BUDGET_MIB, LARGEST_BUDGET_MIB = 4096, 24576  # memory of a row's inputs and targets: for 256 samples, and at most
 
 
-def use_tf32() -> None:
-    """Lets products use TF32 on CUDA: its error of 5e-4 per product is a tenth of that of eight-bit activations."""
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-
-
 # One row
 
 
 def measure(study: Study, row: Row) -> dict[str, Any]:
     """Selects, reconstructs and judges one row."""
     from study.emoji_budget import VARIANT, choose_samples, link_sensitivity
-    from study.emoji_judge import generate, judge, labels, load_exact, paired, prompts_of, save_sheet
+    from study.emoji_judge import generate, labels, load_exact, paired, prompts_of, save_sheet
 
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.artifacts.quantization import load_plan
@@ -103,7 +101,7 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     learned = reconstruct(ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, **places), folder)
     learned_at = time.monotonic()
     say("learned", row=row.name, seconds=learned_at - started)
-    ready(study, row.model, row.seed, "pictures", generate_exact)
+    exact_pictures(study, row)
     artifact = folder.open("reconstruct", str(bits))
     exact, collected = load(study, folder)
     quantized, _ = load(study, folder)
@@ -111,12 +109,13 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     load_quant_params(quantized.denoiser, artifact.tensors("quant_params.safetensors"))
     errors = step_errors(study, row, exact, quantized, collected, artifact)
     pictures, latents = generate(quantized, collected, row.seed, study.images, study.batch)
-    judged = judge(study.device)
+    judged = study.judge(row.model)
     features = judged.features(pictures)
     alone = judged.metrics(features, labels(prompts_of(collected, len(pictures), row.seed)))
     if row.seed == 0:
         save_sheet(pictures, study.out / "pictures" / f"{row.name}.webp")
-    shutil.rmtree(folder.root)
+    if not study.keep:
+        shutil.rmtree(folder.root)
     return {
         "card": card(study.device),
         "recipe": recipe.model_dump(mode="json"),
@@ -127,7 +126,7 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
         "row_seconds": round(time.monotonic() - started, 1),
         **errors,
         "images": len(pictures),
-        **paired(pictures, latents, features, load_exact(source), study.device),
+        **paired(pictures, latents, features, load_exact(source, len(pictures)), study.device),
         **alone,
     }
 
@@ -159,9 +158,9 @@ def step_errors(
 
 
 def seconds_of_length(study: Study) -> dict[str, float]:
-    """Returns per model how long a row with 300 iterations takes at most, from the finished rows."""
+    """Returns per model how long a row with 300 iterations takes at most, from finished rows with as many pictures."""
     times: dict[str, float] = {}
-    for path in (study.out / "times").glob("*.json"):
+    for path in (study.out / "times").glob(f"*-{study.images}.json"):
         row = json.loads(path.read_text())
         times[row["model"]] = max(times.get(row["model"], 0), row["row_seconds"] / row["length"])
     return times
@@ -169,7 +168,9 @@ def seconds_of_length(study: Study) -> dict[str, float]:
 
 def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) -> None:
     """Takes one row after the other until none is left or the time is over."""
-    use_tf32()
+    from edadm_cli.models.loading import resolve_device
+
+    resolve_device(study.device)  # which turns TF32 off: rows learn in it, but all pictures are sampled in float32
     while True:
         left, times = until - time.time(), seconds_of_length(study)
         open_rows = [row for row in rows if not study.result(row).is_file()]
@@ -181,13 +182,16 @@ def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) ->
         try:
             ready(study, row.model, row.seed, "trajectories", collect_trajectories)
             say("begun", row=row.name)
+            if not row.bits:
+                exact_pictures(study, row)
+                continue
             result = {**asdict(row), "variant": row.variant, **measure(study, row)}
         except Exception as error:  # noqa: BLE001 - one failed row must not end the study
             say("failed", row=row.name, error=f"{type(error).__name__}: {error}")
             continue
         write(study.result(row), result)
         time_facts = {"model": row.model, "length": row.length, "row_seconds": result["row_seconds"]}
-        write(study.out / "times" / f"{row.name}.json", time_facts)
+        write(study.out / "times" / study.result(row).name, time_facts)
         shown = ("row_seconds", "reconstruct_seconds", "one_step", "held_out", "final", "top1")
         say("finished", row=row.name, **{name: result[name] for name in shown})
 
@@ -232,11 +236,20 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--bits", default="", help="with --rows, bit widths that the table shows beside full precision")
     parser.add_argument("--labels", default="", help="with --rows, recipes that it shows, separated by semicolons")
-    parser.add_argument("--export", type=Path, help="write the finished rows with their metrics alone; run nothing")
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument(
+        "--export", type=Path, help="write the finished rows of --images pictures with their metrics alone; run nothing"
+    )
+    parser.add_argument("--models", default=",".join(MODELS), help=f"the shipped models, and {SMALL_MODEL}")
+    parser.add_argument(
+        f"--{SMALL_MODEL}",
+        type=Path,
+        metavar="FOLDER",
+        help=f"what the stage {SMALL_MODEL} of the training wrote; that model does not ship",
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="regular expression that the names of rows match")
     parser.add_argument("--images", type=int, default=1000, help="pictures per row")
+    parser.add_argument("--keep", action="store_true", help="leave the quantized models of finished rows in OUT/runs")
     parser.add_argument("--held-out", type=int, default=128, help="trajectories for the errors of single steps")
     parser.add_argument("--batch", type=int, default=250, help="pictures generated together")
     parser.add_argument("--trajectories", type=int, help="trajectories per collection; by default the model's number")
@@ -259,6 +272,10 @@ def read_options() -> argparse.Namespace:
         " directory of a running daemon is PIPE-0 for GPU 0",
     )
     parser.add_argument("--table", action="store_true", help="print the tables of what is finished, run nothing")
+    parser.add_argument(
+        "--steps", action="store_true", help="with --rows, print the samples and the error of each step"
+    )
+    parser.add_argument("--summary", help="with --rows, print what the bit widths of this recipe cost, in one table")
     parser.add_argument("--picture", type=Path, help="save a comparison of the first model here, run nothing")
     parser.add_argument("--pictured", default="default-w4a8,default-w4a4", help="rows that the comparison shows")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -266,6 +283,8 @@ def read_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.out is None and options.rows is None:
         parser.error("--out is needed to run a study")
+    if SMALL_MODEL in options.models.split(",") and options.ddpm_emoji is None:
+        parser.error(f"--models {SMALL_MODEL} needs --{SMALL_MODEL} FOLDER")
     return options
 
 
@@ -273,17 +292,23 @@ def main() -> None:
     """Runs the study, or prints or writes what was measured."""
     options = read_options()
     earlier = [] if options.rows is None else [json.loads(line) for line in options.rows.read_text().splitlines()]
+    if options.out is None and (options.steps or options.summary):
+        print(steps_table(earlier) if options.steps else summary_table(earlier, options.summary))
+        return
     if options.out is None:
         shown = {"bits": options.bits.split(","), "label": options.labels.split(";")}
         chosen = [(key, names) for key, names in shown.items() if names != [""]]
         print(table([row for row in earlier if not row["bits"] or all(row[key] in names for key, names in chosen)]))
         return
     if options.export is not None:
-        export([*earlier, *read_results(options.out)], options.export)
+        export(
+            [*earlier, *(row for row in read_results(options.out) if row["images"] == options.images)], options.export
+        )
         return
     device = "cpu" if options.gpus == "cpu" else "cuda:0"
     sizes = (options.images, options.held_out, options.batch, options.trajectories, options.iterations)
-    study = Study(options.out, *sizes, options.expected, device)
+    small = None if options.ddpm_emoji is None else options.ddpm_emoji.resolve()
+    study = Study(options.out, *sizes, options.expected, device, small, options.keep)
     if options.worker is not None:
         rows = rows_in_order(options.models.split(","), [int(seed) for seed in options.seeds.split(",")])
         measured = {tuple(row[key] for key in KEYS) for row in earlier if row["images"] == options.images}

@@ -1,4 +1,4 @@
-"""Writes a tiny pipeline with random weights, in the place of a large one in a trial on a CPU.
+"""Writes a tiny pipeline with random weights, or few pictures, in the place of large ones in a trial on a CPU.
 
 python benchmarks/tiny_models.py flux FOLDER
 """
@@ -19,7 +19,20 @@ sys.modules["tests"] = package
 
 import torch  # noqa: E402
 
+from edadm_cli.models.emoji.data import real_pictures  # noqa: E402
+from edadm_cli.models.emoji.train.corpus import Pictures  # noqa: E402
+from edadm_cli.models.emoji.train.packed import pack  # noqa: E402
 from tests.denoisers import flux, unets, videos  # noqa: E402
+
+
+class FewPictures:
+    """Some of the real emoji that ship, as the training of `ddpm-emoji` takes them."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes `pictures.npz`."""
+        pixels, order = real_pictures()[:300], torch.arange(300)
+        pack(Pictures(pixels, train=order[:290], held_out=order[290:]), b"{}", folder / "pictures.npz")
+
 
 BUILDERS: dict[str, Callable[[], Any]] = {
     "flux": flux.flux_dev,
@@ -27,11 +40,12 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "cogvideox": partial(videos.cogvideox, text_tokens=226),  # as many as the pipeline encodes
     "svd": videos.stable_video,
     "wan": videos.wan,
+    "emoji-pictures": FewPictures,
 }
 
 
 def main() -> None:
-    """Writes the pipeline that the command line names."""
+    """Writes what the command line names."""
     name, folder = sys.argv[1], Path(sys.argv[2])
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,30 @@ from edadm_cli.evaluate.emoji_features import emoji_space, shipped_emoji
 from edadm_cli.evaluate.real_files import ArrayImages
 from edadm_cli.metrics.distances import perceptual_distance, relative_l2, ssim
 from edadm_cli.metrics.fidelity import feature_statistics, frechet_distance
-from edadm_cli.metrics.representation import LAYERS, Features
+from edadm_cli.metrics.representation import LAYERS, Features, Layer, Statistics
 from edadm_cli.models.collected import CollectedRun
-from edadm_cli.models.emoji.data import label_of_prompt, real_pictures
+from edadm_cli.models.emoji.data import STATISTICS_FILE, label_of_prompt, real_pictures
 from edadm_cli.models.emoji.train.measure import frechet
+from edadm_cli.models.emoji.train.packed import small_pictures
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.pipeline_calls.sampling import EVALUATION, image_seed, sample
+from edadm_cli.models.real_statistics import unpack
 from edadm_cli.models.shipped import shipped_prompts
 
-EXACT = "full-precision.safetensors"
 COLUMNS = 12
 SHOWN = 48  # pictures of a row that are saved
 
 
-def prompts_of(collected: CollectedRun, count: int, seed: int) -> list[str]:
-    """Returns the prompts that `edadm evaluate` would use."""
-    assert collected.entry.prompts is not None
-    return shipped_prompts(collected.entry.prompts, count, seed)
+def prompts_of(collected: CollectedRun, count: int, seed: int) -> list[str] | None:
+    """Returns the prompts that `edadm evaluate` would use; `None` if the model takes none."""
+    source = collected.entry.prompts
+    return None if source is None else shipped_prompts(source, count, seed)
 
 
-def labels(prompts: list[str]) -> Tensor:
-    """Returns the number of the name that each prompt asks for, -1 for none."""
+def labels(prompts: list[str] | None) -> Tensor | None:
+    """Returns the number of the name that each prompt asks for, -1 for none; `None` if there are no prompts."""
+    if prompts is None:
+        return None
     numbers = [label_of_prompt(prompt) for prompt in prompts]
     return torch.tensor([-1 if number is None else number for number in numbers])
 
@@ -52,7 +54,7 @@ def generate(model: LoadedModel, collected: CollectedRun, seed: int, count: int,
             sample(
                 model,
                 seeds=[image_seed(seed, number, EVALUATION) for number in numbers],
-                prompts=[prompts[number] for number in numbers],
+                prompts=None if prompts is None else [prompts[number] for number in numbers],
                 num_steps=collected.num_steps,
                 guidance_scale=collected.guidance_scale,
             )
@@ -82,39 +84,59 @@ def save_comparison(out: Path, model: str, rows: list[str], path: Path) -> None:
 
 
 class Judge:
-    """Both feature extractors, and the real pictures."""
+    """Both feature extractors, and the real pictures.
 
-    def __init__(self, device: str) -> None:
+    Args:
+        device: The device that computes.
+        small: The folder of `ddpm-emoji` with the statistics of its training pictures, if its pictures are judged: then
+            all real pictures have 32x32 pixels.
+    """
 
+    def __init__(self, device: str, small: Path | None) -> None:
         self.device = torch.device(device)
         self.spaces = {"emoji": emoji_space(self.device), "imagenet": efficientnet_space(self.device)}
-        self.real = self.spaces["imagenet"].extract(ArrayImages(real_pictures())).pooled
+        pictures = real_pictures() if small is None else small_pictures(real_pictures())
+        self.real = self.spaces["imagenet"].extract(ArrayImages(pictures)).pooled
+        self.statistics = shipped_emoji().statistics if small is None else read_statistics(small)
 
     def features(self, pictures: Tensor) -> dict[str, Features]:
         """Returns the features of pictures in both spaces."""
         return {name: space.extract(ArrayImages(pictures)) for name, space in self.spaces.items()}
 
-    def metrics(self, features: dict[str, Features], names: Tensor) -> dict[str, float]:
-        """Returns the metrics of a set of pictures by itself."""
-        real = shipped_emoji().statistics
-        emoji = features["emoji"]
+    def metrics(self, features: dict[str, Features], names: Tensor | None) -> dict[str, float]:
+        """Returns the metrics of a set of pictures by itself; without `names` there is no retrieval."""
+        real, emoji = self.statistics, features["emoji"]
         imagenet, imagenet_real = (each.to(self.device) for each in (features["imagenet"].pooled, self.real))
-        named = names >= 0
-        hits = emoji.logits.cpu()[named].topk(5).indices == names[named, None]
-        return {
+        metrics = {
             "frechet": frechet_distance(feature_statistics(emoji.pooled), real["pooled"]),
             "frechet_spatial": frechet_distance(feature_statistics(emoji.spatial), real["spatial"]),
             "frechet_imagenet": frechet(imagenet, imagenet_real),
             "kernel_imagenet": kernel_distance(imagenet, imagenet_real),
-            "top1": float(hits[:, 0].double().mean()),
-            "top5": float(hits.any(1).double().mean()),
         }
+        return metrics if names is None else metrics | retrieval(emoji, names)
+
+
+def retrieval(emoji: Features, names: Tensor) -> dict[str, float]:
+    """Returns the shares of the pictures with a name whose name ranks first, or among the first five."""
+    named = names >= 0
+    hits = emoji.logits.cpu()[named].topk(5).indices == names[named, None]
+    return {"top1": float(hits[:, 0].double().mean()), "top5": float(hits.any(1).double().mean())}
+
+
+def read_statistics(folder: Path) -> dict[Layer, Statistics]:
+    """Returns the statistics of training pictures that lie in a folder."""
+    stored = unpack(load_file(folder / STATISTICS_FILE))
+    kinds: dict[Layer, str] = {"pooled": "features", "spatial": "spatial"}
+    return {
+        layer: Statistics(stored[f"{kind}_mean"].numpy(), stored[f"{kind}_cov"].numpy())
+        for layer, kind in kinds.items()
+    }
 
 
 @cache
-def judge(device: str) -> Judge:
-    """Returns the judge of a process."""
-    return Judge(device)
+def judge(device: str, small: Path | None = None) -> Judge:
+    """Returns the judge of a process, of pictures of 64x64 pixels or of those of `ddpm-emoji`."""
+    return Judge(device, small)
 
 
 def kernel_distance(first: Tensor, second: Tensor) -> float:
@@ -131,25 +153,26 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
     return float(within(first) + within(second) - 2 * kernel(first, second).mean())
 
 
+def exact_file(folder: RunFolder, count: int) -> Path:
+    """Returns the file of the first `count` pictures of full precision."""
+    return folder.root / f"full-precision-{count}.safetensors"
+
+
 def save_exact(folder: RunFolder, pictures: Tensor, latents: Tensor, features: dict[str, Features]) -> None:
     """Saves what rows compare themselves with."""
     tensors = {"pictures": pictures, "latents": latents}
     for space, values in features.items():
         tensors |= {f"{space}.{layer}": values.layer(layer) for layer in ("pooled", "spatial", "logits")}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder.root / EXACT)
+    path = exact_file(folder, len(pictures))
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def load_exact(folder: RunFolder) -> tuple[Tensor, Tensor, dict[str, Features]]:
-    """Returns the pictures, final latents and features of full precision."""
-    tensors = load_file(folder.root / EXACT)
+def load_exact(folder: RunFolder, count: int) -> tuple[Tensor, Tensor, dict[str, Features]]:
+    """Returns the first `count` pictures of full precision, their final latents and features."""
+    tensors = load_file(exact_file(folder, count))
     spaces = ("emoji", "imagenet")
     features = {space: Features(**{layer: tensors[f"{space}.{layer}"] for layer in LAYERS}) for space in spaces}
     return tensors["pictures"], tensors["latents"], features
-
-
-def first(features: Features, count: int) -> Features:
-    """Returns the features of the first pictures."""
-    return replace(features, pooled=features.pooled[:count], spatial=features.spatial[:count])
 
 
 def paired(
@@ -157,9 +180,6 @@ def paired(
 ) -> dict[str, float]:
     """Returns the distances to full precision of the same seeds."""
     exact, exact_latents, exact_features = reference
-    count = len(pictures)
-    exact, exact_latents = exact[:count], exact_latents[:count]
-    exact_features = {name: first(values, count) for name, values in exact_features.items()}
     return {
         "final": float(relative_l2(latents, exact_latents).mean()),
         "ssim": float(ssim(pictures.to(device), exact.to(device)).mean()),

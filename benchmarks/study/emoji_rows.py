@@ -39,7 +39,8 @@ VARIANTS = {
     "hadamard-64": 'default+transforms=[{"name":"hadamard-64"}]',
     "gamma 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
 }
-MODELS = ("emoji-sd", "emoji-dit")
+MODELS, SMALL_MODEL = ("emoji-sd", "emoji-dit"), "ddpm-emoji"
+FULL_PRECISION = "full precision"  # the label of rows without bits
 PUBLISHED_ITERATIONS = 1000  # what "model" stands for
 Line = tuple[Any, ...]
 KEYS = ("model", "bits", "label", "seed")  # no two rows have the same values of all of these
@@ -67,6 +68,8 @@ class Row:
     @property
     def iterations(self) -> int:
         """Optimizer steps per unit, which take most of a row's time."""
+        if not self.bits:
+            return 0
         learn = variant_recipe(self.variant, None)[0].learn
         if learn.granularity == "none":
             return 0
@@ -89,7 +92,7 @@ def rows_in_order(models: list[str], seeds: list[int]) -> list[Row]:
     A wave has lines of labels, bit widths and seeds. Its rows of `emoji-sd` come first, because they take longest.
     """
     rows: dict[Row, None] = {}
-    for wave in _waves(seeds):
+    for wave in (*_waves(seeds), *_small_waves(seeds)):
         for model in sorted(models, reverse=True):
             for labels, widths, few, *only in wave:
                 if model in (only or MODELS):
@@ -110,7 +113,12 @@ def _waves(seeds: list[int]) -> list[list[Line]]:
     long = ("thorough, 300 iterations, all inputs quantized", "thorough")
     widths, budgets = ("w8a8", "w3a8", "w4a4", "w6a6"), ("auto:4.5a8", "auto:4.25g32a8", "auto:3.5a8", "auto:4.1a8")
     return [
-        [(ships[:3], ("w4a8",), seeds), (default, ("w8a8", "w4g32a8"), seeds), (default, widths, one)],
+        [
+            ((FULL_PRECISION,), ("",), seeds),
+            (ships[:3], ("w4a8",), seeds),
+            (default, ("w8a8", "w4g32a8"), seeds),
+            (default, widths, one),
+        ],
         [
             (best, ("w4g32a8",), one),
             (time, ("w4g32a8", "w4a8"), one, "emoji-dit"),
@@ -130,3 +138,20 @@ def _waves(seeds: list[int]) -> list[list[Line]]:
         [(paper, ("w8a8", "w3a8"), seeds), (default, budgets, seeds), ((*ships, *long), ("w4a8",), seeds)],
         [((*ships, *published, *unlearned, *rest, *long), widths, seeds)],
     ]
+
+
+def _small_waves(seeds: list[int]) -> list[list[Line]]:
+    """Returns the waves of `ddpm-emoji`. The first one has one seed and ends with the row that takes longest."""
+    published, learned = ("q-diffusion, 300 iterations",), ("default", "paper, 300 iterations")
+    halves, unlearned = ("uniform", "default, gamma 0"), ("ptq4dm", "ranges-only", "rtn")
+    widths, one, exact = ("w8a8", "w3a8", "w4a4", "w6a6"), seeds[:1], ((FULL_PRECISION,), ("",), seeds)
+    waves: list[list[tuple[tuple[str, ...], tuple[str, ...], list[int]]]] = [
+        [
+            (learned, ("w4a8",), one),
+            (("default",), widths, one),
+            ((*halves, *unlearned, *published), ("w4a8",), one),
+        ],
+        [exact, ((*learned, *halves), ("w4a8",), seeds), (("default",), ("w8a8",), seeds)],
+        [((*published, *unlearned, "uniform, gamma 0"), ("w4a8",), seeds), (("default",), widths, seeds)],
+    ]
+    return [[(*line, SMALL_MODEL) for line in wave] for wave in waves]

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from study.emoji_rows import Row
+from study.emoji_rows import FULL_PRECISION, SMALL_MODEL, Row
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.models.collected import CollectedRun
     from edadm_cli.models.loaded import LoadedModel
+    from study.emoji_judge import Judge
 
 
 @dataclass(frozen=True)
 class Study:
-    """The folder of the study, and its sizes."""
+    """The folder of the study, its sizes, and the folder of `ddpm-emoji`; `keep` leaves what rows learned."""
 
     out: Path
     images: int
@@ -33,6 +34,18 @@ class Study:
     iterations: int | None
     expected: float
     device: str
+    small: Path | None = None
+    keep: bool = False
+
+    def source(self, model: str) -> str:
+        """Returns what `edadm collect` takes as a model: its name, or the folder of `ddpm-emoji`."""
+        return str(self.small) if model == SMALL_MODEL else model
+
+    def judge(self, model: str) -> Judge:
+        """Returns the judge of a model's pictures."""
+        from study.emoji_judge import judge
+
+        return judge(self.device, self.small if model == SMALL_MODEL else None)
 
     def shared(self, model: str, seed: int) -> Path:
         """Returns the folder of what all rows of a model and a seed use."""
@@ -45,8 +58,8 @@ class Study:
         return RunFolder(self.out / "runs" / f"{model}-{seed}-sensitivity")
 
     def result(self, row: Row) -> Path:
-        """Returns the file of a finished row."""
-        return self.out / "results" / f"{row.name}.json"
+        """Returns the file of a finished row; the number of pictures is part of its name."""
+        return self.out / "results" / f"{row.name}-{self.images}.json"
 
 
 def collect_trajectories(study: Study, model: str, seed: int) -> dict[str, Any]:
@@ -55,7 +68,9 @@ def collect_trajectories(study: Study, model: str, seed: int) -> dict[str, Any]:
     from edadm_cli.collect.stage import run
     from edadm_cli.config import CollectConfig
 
-    config = CollectConfig(model=model, seed=seed, device=study.device, num_trajectories=study.trajectories)
+    config = CollectConfig(
+        model=study.source(model), seed=seed, device=study.device, num_trajectories=study.trajectories
+    )
     run(config, RunFolder(study.shared(model, seed)))
     return {"model": model, "seed": seed}
 
@@ -73,16 +88,16 @@ def measure_sensitivity(study: Study, model: str, seed: int) -> dict[str, Any]:
 def generate_exact(study: Study, model: str, seed: int) -> dict[str, Any]:
     """Generates the full-precision pictures of a seed, and judges them."""
     from edadm_cli.artifacts import RunFolder
-    from study.emoji_judge import generate, judge, labels, prompts_of, save_exact, save_sheet
+    from study.emoji_judge import generate, labels, prompts_of, save_exact, save_sheet
 
     started, folder = time.monotonic(), RunFolder(study.shared(model, seed))
     exact, collected = load(study, folder)
     pictures, latents = generate(exact, collected, seed, study.images, study.batch)
-    judged = judge(study.device)
+    judged = study.judge(model)
     features = judged.features(pictures)
     save_exact(folder, pictures, latents, features)
     save_sheet(pictures, study.out / "pictures" / f"{model}-full-precision-{seed}.webp")
-    facts = {"model": model, "seed": seed, "label": "full precision", "bits": "", "images": study.images}
+    facts = {"model": model, "seed": seed, "label": FULL_PRECISION, "bits": "", "images": study.images}
     facts["card"] = card(study.device)
     facts["row_seconds"] = round(time.monotonic() - started, 1)
     return {**facts, **judged.metrics(features, labels(prompts_of(collected, study.images, seed)))}
@@ -123,6 +138,11 @@ def claim(study: Study, name: str) -> bool:
     return True
 
 
+def exact_pictures(study: Study, row: Row) -> None:
+    """Waits for the full-precision pictures of a row's model and seed, or generates them."""
+    ready(study, row.model, row.seed, f"pictures-{study.images}", generate_exact)
+
+
 Maker = Callable[[Study, str, int], dict[str, Any]]
 
 
@@ -132,7 +152,7 @@ def make_unclaimed(study: Study, model: str, seed: int, kind: str, make: Maker) 
     if not path.is_file() and claim(study, f"{model}-{seed}-{kind}"):
         result = make(study, model, seed)
         if "label" in result:
-            write(study.out / "results" / f"{model}-full-precision-{seed}.json", result)
+            write(study.result(Row(model, seed, FULL_PRECISION, "")), result)
         write(path, result)
         say(kind, **result)
     return path

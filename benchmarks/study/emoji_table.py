@@ -10,7 +10,8 @@ from typing import Any
 
 from learner_table import narrowness
 
-from study.emoji_rows import KEYS, VARIANTS
+from study import emoji_steps
+from study.emoji_rows import FULL_PRECISION, KEYS, VARIANTS
 
 METRICS = {
     "one_step": "one step",
@@ -34,12 +35,14 @@ def read_results(out: Path) -> list[dict[str, Any]]:
 def export(results: list[dict[str, Any]], path: Path) -> None:
     """Writes the latest row of each kind with only its metrics, one JSON object per line, in a fixed order."""
     lines = []
-    latest = {tuple(result[key] for key in KEYS): result for result in results}
+    latest = {(*(result[key] for key in KEYS), result["images"]): result for result in results}
     for _, result in sorted(latest.items()):
         if "loss" in result:
             result = {"hard": result["loss"]["last"], **result}
-        shown = (*KEYS, "card", "images", "counts", "hard", *METRICS, "coherence")
+        shown = (*KEYS, "card", "images", "counts", "hard", *METRICS, "coherence", "steps")
         row = {key: result[key] for key in shown if result.get(key) is not None}
+        if (result["label"], result["bits"]) == (emoji_steps.LABEL, emoji_steps.BITS) and "one_step_by_step" in result:
+            row["steps"] = [float(f"{error:.3g}") for error in result["one_step_by_step"]]
         lines.append(json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -47,33 +50,37 @@ def export(results: list[dict[str, Any]], path: Path) -> None:
 def table(results: list[dict[str, Any]]) -> str:
     """Returns means over the seeds and sample standard deviations as Markdown, one table per model.
 
-    A column names the number of pictures if it is not the same for all rows.
+    A sentence says how many pictures the rows of a model have, or a column where they differ. Metrics that no row of a
+    model has are left out.
     """
-    pictured = len({result["images"] for result in results}) > 1
-    groups: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    models = sorted({result["model"] for result in results}, reverse=True)
+    return "\n".join(_table_of(model, [result for result in results if result["model"] == model]) for model in models)
+
+
+def _table_of(model: str, results: list[dict[str, Any]]) -> str:
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
     for result in results:
-        groups[result["model"]][result["bits"], result["label"]].append(result)
-    order = ["full precision", *VARIANTS]
-
-    def place(label: str) -> int:
-        return order.index(label) if label in order else len(order)
-
-    lines: list[str] = []
-    for model, rows in sorted(groups.items(), reverse=True):
-        lines += [
-            "",
-            f"### {model}",
-            "",
-            "| bits | recipe | seeds | " + "pictures | " * pictured + " | ".join(METRICS.values()) + " |",
-        ]
-        lines.append("|---|---|---|" + "---|" * (pictured + len(METRICS)))
-        for bits, label in sorted(rows, key=lambda row: (_narrowness(row[0]), place(row[1]))):
-            seeds = rows[bits, label]
-            cells = [_cell([seed[key] for seed in seeds if key in seed]) for key in METRICS]
-            pictures = " and ".join(sorted({f"{seed['images']:,}" for seed in seeds}))
-            start = f"| {bits} | {label} | {len(seeds)} | " + f"{pictures} | " * pictured
-            lines.append(start + " | ".join(cells) + " |")
+        groups[result["bits"], result["label"], result["images"]].append(result)
+    numbers = sorted({images for _, _, images in groups})
+    metrics = {key: name for key, name in METRICS.items() if any(key in result for result in results)}
+    column = ["pictures"] if len(numbers) > 1 else []
+    names = ["bits", "recipe", "seeds", *column, *metrics.values()]
+    lines = ["", f"### {model}", ""]
+    lines += [] if column else [f"Each row has {numbers[0]:,} pictures per seed.", ""]
+    lines += [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for bits, label, images in sorted(groups, key=_place):
+        seeds = groups[bits, label, images]
+        facts = [bits, label, f"{len(seeds)}", *(f"{images:,}" for _ in column)]
+        cells = [_cell([seed[key] for seed in seeds if key in seed]) for key in metrics]
+        lines.append(f"| {' | '.join([*facts, *cells])} |")
     return "\n".join(lines)
+
+
+def _place(group: tuple[str, str, int]) -> tuple[tuple[float, float], int, int]:
+    """Returns a key that sorts by bits, and then in the order of the variants; unknown labels come last."""
+    bits, label, images = group
+    order = [FULL_PRECISION, *VARIANTS]
+    return _narrowness(bits), order.index(label) if label in order else len(order), images
 
 
 def _narrowness(bits: str) -> tuple[float, float]:

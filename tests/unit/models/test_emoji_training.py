@@ -12,11 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.emoji.captions import MAX_TOKENS, STYLES, captions_of
+from edadm_cli.models.emoji.data import real_pictures
+from edadm_cli.models.emoji.train import __main__ as program
 from edadm_cli.models.emoji.train import loop
+from edadm_cli.models.emoji.train.corpus import Pictures
 from edadm_cli.models.emoji.train.loop import Schedule, fit
 from edadm_cli.models.emoji.train.names import WordSplitter, words_of
+from edadm_cli.models.emoji.train.packed import load_packed, pack, small_pictures
 from edadm_cli.models.emoji.train.prepare import held_out_names, prepare, svg_of
 from edadm_cli.models.emoji.train.settings import TrainSettings
 
@@ -113,3 +118,57 @@ def test_a_resumed_training_ends_like_an_undisturbed_one(tmp_path: Path, monkeyp
     resumed = _Line()
     assert fit(resumed, schedule, settings("parts"), "line").steps == 25
     assert torch.equal(whole.module.weight, resumed.module.weight)
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """A file of twenty real pictures, two of them with held-out names."""
+    path = tmp_path / "pictures.npz"
+    pack(Pictures(real_pictures()[:20], train=torch.arange(2, 20), held_out=torch.arange(2)), b"{}", path)
+    return path
+
+
+def test_packed_pictures_are_read_as_they_were_written(packed: Path, tmp_path: Path) -> None:
+    pictures = load_packed(TrainSettings(packed, tmp_path, torch.device("cpu")))
+    assert torch.equal(pictures.pixels, small_pictures(real_pictures()[:20]))
+    assert pictures.held_out.tolist() == [0, 1]
+    assert pictures.train.tolist() == list(range(2, 20))
+    some = load_packed(TrainSettings(packed, tmp_path, torch.device("cpu"), limit=5))
+    assert torch.equal(some.pixels, pictures.pixels[::4])
+    assert some.held_out.tolist() == [0]
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x05\x06" + bytes(18)])
+def test_another_file_is_no_file_of_packed_pictures(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "other.npz"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="no file of packed pictures"):
+        load_packed(TrainSettings(path, tmp_path, torch.device("cpu")))
+
+
+def train(*words: str) -> None:
+    options = program.build_parser().parse_args([*words, "--device", "cpu", "--small", "--batch-size", "4"])
+    settings = program.settings_of(options)
+    program.run(options, program.load(options, settings), settings)
+
+
+def test_the_pixel_stage_leaves_a_pipeline_that_can_be_collected_from(packed: Path, tmp_path: Path) -> None:
+    from edadm_cli.artifacts import RunFolder
+    from edadm_cli.collect.stage import run as collect
+    from edadm_cli.config import CollectConfig
+
+    out = tmp_path / "out"
+    train("ddpm-emoji", "--data", str(packed), "--out", str(out), "--steps", "2", "--pictures", "0")
+    folder, run = out / "weights" / "ddpm-emoji", RunFolder(tmp_path / "run")
+    assert json.loads((folder / "training.json").read_text())["steps"] == 2
+    assert (out / "samples" / "ddpm-emoji.png").is_file()
+    collect(CollectConfig(model=str(folder), num_trajectories=2, num_steps=2, device="cpu"), run)
+    collected = CollectedRun.open(run)
+    assert (collected.entry.num_steps, collected.entry.image_size, collected.guidance_scale) == (50, 32, None)
+    assert collected.sampling.scheduler.class_name == "DDIMScheduler"
+    assert collected.sampling.scheduler.config["clip_sample"] is False
+
+
+def test_only_the_pixel_stage_takes_a_file(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="takes the folder"):
+        train("emoji-sd", "--data", str(packed), "--out", str(tmp_path), "--steps", "1")

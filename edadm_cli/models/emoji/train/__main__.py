@@ -5,6 +5,11 @@
 The stages depend on each other in this order: `pixels`, `encoder` and `autoencoder`, then `emoji-sd`, `emoji-dit` and
 `ddpm-emoji`, then `measure` and `package`. Under torchrun, several GPUs train one network. docs/shipped.md says how the
 shipped weights were made.
+
+`ddpm-emoji` needs no other stage, and takes one file of pictures in place of the prepared folder:
+
+    python -m edadm_cli.models.emoji.train pixels --data prepared --out training --pack pictures.npz
+    python -m edadm_cli.models.emoji.train ddpm-emoji --data pictures.npz --out training --seconds 200 --compile
 """
 
 from __future__ import annotations
@@ -24,16 +29,18 @@ import diffusers
 import torch
 import transformers
 
-from edadm_cli.errors import EdadmError
+from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.models.emoji.data import WEIGHTS
 from edadm_cli.models.emoji.train import autoencoder, denoisers, pair
-from edadm_cli.models.emoji.train.corpus import Corpus, load_corpus
+from edadm_cli.models.emoji.train.corpus import Corpus, Pictures, load_corpus
 from edadm_cli.models.emoji.train.loop import FitResult, Schedule, Task, fit
+from edadm_cli.models.emoji.train.packed import load_packed, pack
 from edadm_cli.models.emoji.train.pipelines import PIXEL, TRANSFORMER, UNET, write_json, write_text_encoder
+from edadm_cli.models.emoji.train.prepare import CARD
 from edadm_cli.models.emoji.train.settings import TrainSettings
 
 _PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "resvg-py")
-STAGES: dict[str, tuple[Callable[[Corpus, TrainSettings], Any], Schedule]] = {
+STAGES: dict[str, tuple[Callable[[Any, TrainSettings], Any], Schedule]] = {
     pair.NAME: (pair.PairTask, pair.SCHEDULE),
     autoencoder.NAME: (autoencoder.AutoencoderTask, autoencoder.SCHEDULE),
     UNET: (denoisers.UNetTask, denoisers.UNET_SCHEDULE),
@@ -49,7 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("stage", choices=["pixels", *STAGES, "sheets", "measure", "package"])
     parser.add_argument(
-        "--data", type=Path, required=True, help="folder that edadm_cli.models.emoji.train.prepare wrote"
+        "--data",
+        type=Path,
+        required=True,
+        help=f"folder that edadm_cli.models.emoji.train.prepare wrote; {PIXEL} also takes the file of --pack",
     )
     parser.add_argument("--out", type=Path, required=True, help="gets weights/, samples/, checkpoints/")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -63,8 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="number of pictures to use, for tests")
     parser.add_argument("--small", action="store_true", help="tiny networks, for tests")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser with torch.compile")
+    parser.add_argument("--pack", type=Path, help=f"file that the stage pixels writes, for {PIXEL} alone")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that rasterise")
-    parser.add_argument("--pictures", type=int, default=2000, help="pictures that are generated to measure a model")
+    parser.add_argument("--pictures", type=int, default=2000, help="pictures that measure a model, 0 for none")
     parser.add_argument("--models", default=f"{UNET},{TRANSFORMER},{PIXEL}", help="models to measure or to show")
     parser.add_argument("--ship", type=Path, default=WEIGHTS, help="folder that package writes: %(default)s")
     parser.add_argument("--guidance", default="3", help="guidance scales to measure or to show, comma-separated")
@@ -92,8 +103,23 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
     )  # fmt: skip
 
 
-def train(stage: str, corpus: Corpus, settings: TrainSettings, until: float | None) -> None:
+def load(options: argparse.Namespace, settings: TrainSettings) -> Corpus | Pictures:
+    """Loads the data that a stage needs.
+
+    Raises:
+        InputError: A file is not one of packed pictures.
+        UsageError: The stage needs more than the pictures, and the data is a file.
+    """
+    if not options.data.is_file():
+        return load_corpus(settings, options.processes)
+    if options.stage != PIXEL:
+        raise UsageError(f"The stage {options.stage} takes the folder that prepare wrote, found a file {options.data}.")
+    return load_packed(settings)
+
+
+def train(options: argparse.Namespace, corpus: Any, settings: TrainSettings) -> None:
     """Runs a stage and writes its averaged weights and its record."""
+    stage, until = options.stage, options.until
     build, schedule = STAGES[stage]
     task: Task = build(corpus, settings)
     if until is not None:  # loading has used some of the time
@@ -113,14 +139,22 @@ def train(stage: str, corpus: Corpus, settings: TrainSettings, until: float | No
         save_file(state, shared / "picture_encoder" / "model.safetensors")
     elif stage == autoencoder.NAME:
         extra = autoencoder.finish_autoencoder(task, corpus, settings)  # type: ignore[arg-type]
+    elif stage == PIXEL:
+        from edadm_cli.models.emoji.train.pixel_model import finish_pixels
+
+        module.to(memory_format=torch.contiguous_format)
+        extra = finish_pixels(module, corpus, settings, options.pictures if fitted.done else 0)
     else:
         module.to(memory_format=torch.contiguous_format)
         module.save_pretrained(settings.weights / stage / ("transformer" if stage == TRANSFORMER else "unet"))
-    write_json(settings.out / "records" / f"{stage}.json", record_of(corpus, settings, schedule, fitted, module, extra))
+    record = record_of(corpus, settings, schedule, fitted, module, extra)
+    write_json(settings.out / "records" / f"{stage}.json", record)
+    if stage == PIXEL:
+        write_json(settings.weights / stage / "training.json", record)
 
 
 def record_of(
-    corpus: Corpus, settings: TrainSettings, schedule: Schedule, fitted: FitResult, module: Any, extra: dict[str, Any]
+    corpus: Pictures, settings: TrainSettings, schedule: Schedule, fitted: FitResult, module: Any, extra: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns a stage's training record."""
     cuda = settings.device.type == "cuda"
@@ -151,6 +185,22 @@ def _version(name: str) -> str | None:
         return None
 
 
+def run(options: argparse.Namespace, corpus: Any, settings: TrainSettings) -> None:
+    """Runs one stage."""
+    if options.stage in STAGES:
+        train(options, corpus, settings)
+    elif options.stage == "package":
+        from edadm_cli.models.emoji.train.package import package
+
+        package(corpus, settings, options.ship)
+    elif options.stage != "pixels":
+        from edadm_cli.models.emoji.train.results import measure, show
+
+        (show if options.stage == "sheets" else measure)(corpus, settings, options)
+    elif options.pack is not None:
+        pack(corpus, (settings.data / CARD).read_bytes(), options.pack)
+
+
 def main() -> int:
     """Runs one stage, and returns the exit code."""
     options = build_parser().parse_args()
@@ -158,17 +208,7 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     try:
         settings = settings_of(options)
-        corpus = load_corpus(settings, options.processes)
-        if options.stage in STAGES:
-            train(options.stage, corpus, settings, options.until)
-        elif options.stage == "package":
-            from edadm_cli.models.emoji.train.package import package
-
-            package(corpus, settings, options.ship)
-        elif options.stage != "pixels":
-            from edadm_cli.models.emoji.train.results import measure, show
-
-            (show if options.stage == "sheets" else measure)(corpus, settings, options)
+        run(options, load(options, settings), settings)
     except EdadmError as error:
         print(f"{error.message}\n{error.hint or ''}".rstrip(), file=sys.stderr)
         return error.exit_code

@@ -23,11 +23,25 @@ _CHUNK = 32
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Holds the pictures and their captions.
+class Pictures:
+    """Holds the pictures, which are all that `ddpm-emoji` learns from.
 
     Attributes:
-        pixels: The pictures, uint8, with shape `(N, 3, 64, 64)`, on the run's device.
+        pixels: The pictures, uint8, with shape `(N, 3, S, S)`, on the run's device. S is 64, or 32 in a packed file.
+        train: The indices of the training pictures.
+        held_out: The indices of the pictures whose names are held out.
+    """
+
+    pixels: Tensor
+    train: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
+class Corpus(Pictures):
+    """Holds the pictures of 64x64 pixels and their captions.
+
+    Attributes:
         tokens: The tokens of the captions, int64, with shape `(N, captions, 24)`, on the run's device. Captions that
             name the style come first.
         empty: The tokens of the empty caption, with shape `(24,)`.
@@ -35,19 +49,14 @@ class Corpus:
         styles: The style word of each picture.
         name_number: The index of each picture's name, with shape `(N,)`.
         style_number: The index of each picture's style, with shape `(N,)`.
-        train: The indices of the training pictures.
-        held_out: The indices of the pictures whose names are held out.
     """
 
-    pixels: Tensor
     tokens: Tensor
     empty: Tensor
     names: list[str]
     styles: list[str]
     name_number: Tensor
     style_number: Tensor
-    train: Tensor
-    held_out: Tensor
 
     @property
     def num_styled(self) -> int:

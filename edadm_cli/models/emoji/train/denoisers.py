@@ -13,7 +13,7 @@ from transformers import CLIPTextModelWithProjection
 from edadm_cli.models.emoji.captions import MAX_TOKENS
 from edadm_cli.models.emoji.encoder import EMBEDDING
 from edadm_cli.models.emoji.train.autoencoder import encode, load_autoencoder, to_model_input
-from edadm_cli.models.emoji.train.corpus import Corpus, draw_captions
+from edadm_cli.models.emoji.train.corpus import Corpus, Pictures, draw_captions
 from edadm_cli.models.emoji.train.loop import Schedule
 from edadm_cli.models.emoji.train.networks import (
     TEXT_WIDTH,
@@ -23,11 +23,12 @@ from edadm_cli.models.emoji.train.networks import (
     noise_scheduler,
     pixel_scheduler,
 )
+from edadm_cli.models.emoji.train.packed import SMALL_SIZE, small_pictures
 from edadm_cli.models.emoji.train.settings import TrainSettings
 
 UNET_SCHEDULE = Schedule(batch_size=1024, learning_rate=1e-3)
 TRANSFORMER_SCHEDULE = Schedule(batch_size=512, learning_rate=1e-3)
-PIXEL_SCHEDULE = Schedule(batch_size=512, learning_rate=4e-4, average_decay=0.9995)
+PIXEL_SCHEDULE = Schedule(batch_size=256, learning_rate=4e-4, average_decay=0.999)
 _EMPTY_PROMPT_SHARE = 0.1
 _ABSENT_TOKENS = 256  # the number of zero tokens that StableDiffusion3Pipeline uses if it has no third text encoder
 _SNR_LIMIT = 5.0
@@ -112,8 +113,7 @@ class UNetTask(_LatentTask):
         timestep = torch.randint(len(self._signal), (count,), generator=generator, device=generator.device)
         signal = self._signal[timestep].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-        weight = (_SNR_LIMIT * (1 - signal) / signal).clamp(max=1)
-        return noisy, timestep, tokens, noise, weight
+        return noisy, timestep, tokens, noise, snr_weight(signal)
 
     def loss(self, *inputs: Tensor) -> Tensor:
         """Returns the weighted mean squared error of the predicted noise."""
@@ -173,43 +173,48 @@ def flow_condition(text_encoder: CLIPTextModelWithProjection, tokens: Tensor) ->
 
 
 class PixelTask:
-    r"""Minimises $|\epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t} x + \sqrt{1 - \bar\alpha_t}\, \epsilon, t)|^2$.
+    r"""Minimises $\min(1, 5 / \mathrm{SNR}_t)\,|\epsilon - \epsilon_\theta(x_t, t)|^2$ over noisy pictures $x_t$.
 
-    $x$ is a picture of 32x32 pixels.
+    The noisy pictures of 32x32 pixels are $x_t = \sqrt{\bar\alpha_t} x + \sqrt{1 - \bar\alpha_t}\, \epsilon$. None is
+    mirrored: letters, flags and arrows have a side. The timesteps of a batch are evenly spread around a random one,
+    which makes the loss less noisy.
 
     References:
         Denoising diffusion probabilistic models, arXiv 2006.11239, equation 14.
+        Efficient diffusion training via Min-SNR weighting, arXiv 2303.09556.
+        Variational diffusion models, arXiv 2107.00630, appendix I.1 (the timesteps of a batch).
     """
 
-    def __init__(self, corpus: Corpus, settings: TrainSettings) -> None:
+    def __init__(self, pictures: Pictures, settings: TrainSettings) -> None:
         torch.manual_seed(settings.seed)
         self.module = build_pixel_unet(settings.small).to(settings.device)
         if settings.device.type == "cuda":
             self.module = self.module.to(memory_format=torch.channels_last)
         count = (settings.batch_size or PIXEL_SCHEDULE.batch_size) // settings.world
-        self._network = compiled(self.module, settings, torch.zeros(count, 3, 32, 32), torch.zeros(count).long())
-        self._pictures = small_pictures(corpus.pixels[corpus.train])
+        example = torch.zeros(count, 3, SMALL_SIZE, SMALL_SIZE)
+        self._network = compiled(self.module, settings, example, torch.zeros(count).long())
+        self._pictures = small_pictures(pictures.pixels[pictures.train])
         self._signal = pixel_scheduler().alphas_cumprod.to(settings.device)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Returns noisy pictures (half of them mirrored), their timesteps and the noise."""
+        """Returns noisy pictures, their timesteps, the noise and the weight of each picture's error."""
         device = generator.device
         index = torch.randint(len(self._pictures), (count,), generator=generator, device=device)
         pictures = to_model_input(self._pictures[index])
-        mirrored = torch.rand(count, 1, 1, 1, generator=generator, device=device) < 0.5
-        pictures = torch.where(mirrored, pictures.flip(-1), pictures)
         noise = torch.randn(pictures.shape, generator=generator, device=device)
-        timestep = torch.randint(len(self._signal), (count,), generator=generator, device=device)
+        first = torch.rand(1, generator=generator, device=device)
+        spread = (first + torch.arange(count, device=device) / count) % 1
+        timestep = (spread * len(self._signal)).long().clamp(max=len(self._signal) - 1)
         signal = self._signal[timestep].view(-1, 1, 1, 1)
-        return signal.sqrt() * pictures + (1 - signal).sqrt() * noise, timestep, noise
+        return signal.sqrt() * pictures + (1 - signal).sqrt() * noise, timestep, noise, snr_weight(signal)
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Returns the mean squared error of the predicted noise."""
-        noisy, timestep, noise = inputs
+        """Returns the weighted mean squared error of the predicted noise."""
+        noisy, timestep, noise, weight = inputs
         predicted = self._network(noisy, timestep, return_dict=False)[0]
-        return functional.mse_loss(predicted.float(), noise)
+        return (weight * (predicted.float() - noise).square()).mean()
 
 
-def small_pictures(pixels: Tensor) -> Tensor:
-    """Returns uint8 pictures `(N, 3, H, W)` at half the size, by the mean over 2x2 pixels."""
-    return torch.cat([functional.avg_pool2d(part.float(), 2).round().to(torch.uint8) for part in pixels.split(2000)])
+def snr_weight(signal: Tensor) -> Tensor:
+    r"""Returns $\min(1, 5 / \mathrm{SNR})$, the weight of a noise prediction, for shares $\bar\alpha$ of the signal."""
+    return (_SNR_LIMIT * (1 - signal) / signal).clamp(max=1)

@@ -48,7 +48,11 @@ def package(corpus: Corpus, settings: TrainSettings, folder: Path) -> None:
     known = names_of(corpus)
     packed = gzip.compress(json.dumps(known, separators=(",", ":")).encode(), mtime=0)
     (data / NAMES_FILE).write_bytes(packed)
-    save_file(pack(statistics_of(corpus, settings)), data / STATISTICS_FILE)
+    encoder = PictureEncoder()
+    path = settings.weights / "shared" / "picture_encoder" / "model.safetensors"
+    encoder.load_state_dict({name: value.half().float() for name, value in load_file(path).items()})
+    pixels = corpus.pixels[corpus.train]
+    save_file(pack(statistics_of(encoder.to(settings.device).eval(), pixels)), data / STATISTICS_FILE)
     write_pictures(corpus.pixels[corpus.held_out], data / PICTURES_FILE)
     write_json(folder / "training.json", _records(settings.out / "records"))
 
@@ -70,14 +74,10 @@ def names_of(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def statistics_of(corpus: Corpus, settings: TrainSettings) -> dict[str, Tensor]:
-    """Returns the mean and covariance of the encoder's features over the training pictures, in float32."""
-    encoder = PictureEncoder()
-    path = settings.weights / "shared" / "picture_encoder" / "model.safetensors"
-    encoder.load_state_dict({name: value.half().float() for name, value in load_file(path).items()})
-    encoder.to(settings.device).eval()
+def statistics_of(encoder: PictureEncoder, pixels: Tensor) -> dict[str, Tensor]:
+    """Returns the mean and covariance of the encoder's features over uint8 pictures `(N, 3, H, W)`, in float32."""
     with torch.inference_mode():
-        parts: list[PictureFeatures] = [encoder(part.float() / 255) for part in corpus.pixels[corpus.train].split(250)]
+        parts: list[PictureFeatures] = [encoder(part.float() / 255) for part in pixels.split(250)]
     stacked = {
         "features": torch.cat([part.features for part in parts]).double(),
         "spatial": torch.cat([part.spatial.flatten(1) for part in parts]).double(),

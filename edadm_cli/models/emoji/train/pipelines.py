@@ -8,8 +8,7 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
-    DDPMPipeline,
+    DDIMPipeline,
     DiffusionPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -76,13 +75,7 @@ def flow_pipeline(settings: TrainSettings) -> DiffusionPipeline:
 
 def pixel_pipeline(settings: TrainSettings) -> DiffusionPipeline:
     """Returns the unconditional pixel pipeline."""
-    network = UNet2DModel.from_pretrained(settings.weights / PIXEL / "unet")
-    return DDPMPipeline(network, pixel_scheduler())
-
-
-def faster_pixel_scheduler() -> DDIMScheduler:
-    """Returns the scheduler that `ddpm-emoji` is measured with."""
-    return DDIMScheduler.from_config(pixel_scheduler().config)
+    return DDIMPipeline(UNet2DModel.from_pretrained(settings.weights / PIXEL / "unet"), pixel_scheduler())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

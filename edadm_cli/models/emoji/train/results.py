@@ -10,7 +10,6 @@ from diffusers import DiffusionPipeline
 
 from edadm_cli.models.emoji.captions import prompt_of
 from edadm_cli.models.emoji.train.corpus import Corpus
-from edadm_cli.models.emoji.train.denoisers import small_pictures
 from edadm_cli.models.emoji.train.measure import (
     Judge,
     frechet,
@@ -21,6 +20,7 @@ from edadm_cli.models.emoji.train.measure import (
     sheets_of,
     write_sheet,
 )
+from edadm_cli.models.emoji.train.packed import small_pictures
 from edadm_cli.models.emoji.train.pipelines import (
     PIXEL,
     UNET,
