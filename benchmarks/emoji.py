@@ -93,7 +93,7 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     if bits.is_mixed:
         assert row.variant == VARIANT, "the measured layers are those of another recipe"
         make_unclaimed(study, row.model, row.seed, "sensitivity", measure_sensitivity)
-        make_unclaimed(study, row.model, row.seed, "pictures", generate_exact)  # while another process measures
+        exact_pictures(study, row, wait=False)  # while another process measures
         ready(study, row.model, row.seed, "sensitivity", measure_sensitivity)
         link_sensitivity(study.measured(row.model, row.seed), folder)
     budget = min(BUDGET_MIB * max(1, samples // 256), LARGEST_BUDGET_MIB)

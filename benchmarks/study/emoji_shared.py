@@ -138,9 +138,9 @@ def claim(study: Study, name: str) -> bool:
     return True
 
 
-def exact_pictures(study: Study, row: Row) -> None:
-    """Waits for the full-precision pictures of a row's model and seed, or generates them."""
-    ready(study, row.model, row.seed, f"pictures-{study.images}", generate_exact)
+def exact_pictures(study: Study, row: Row, wait: bool = True) -> None:
+    """Generates the full-precision pictures of a row's model and seed, or waits for the process that does so."""
+    (ready if wait else make_unclaimed)(study, row.model, row.seed, f"pictures-{study.images}", generate_exact)
 
 
 Maker = Callable[[Study, str, int], dict[str, Any]]
