@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edadm_cli.errors import InputError, MachineError
+from edadm_cli.errors import InputError, MachineError, UsageError
 
 MAX_BYTES = 256 * 1024
 MAX_YAML_BYTES = 64 * 1024  # whose parser is slower
@@ -22,21 +22,23 @@ MAX_INTEGER = 2**63 - 1
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Reads a TOML file.
+    """Reads a TOML file, which the user wrote: it is part of the command, as its flags are.
 
     Args:
         path: The file.
         what: Description of the file in messages, such as "The recipe".
 
     Raises:
-        InputError: The file cannot be read, is not TOML, or exceeds the limits.
+        UsageError: The file cannot be read, is not TOML, or exceeds the limits.
         MachineError: Permission is denied.
     """
     try:
         content = tomllib.loads(_read_text(path, what, MAX_BYTES))
+        require_bounded(content, f"{what} {path}")
+    except InputError as error:
+        raise UsageError(error.message, error.hint) from error
     except (ValueError, RecursionError, OverflowError) as error:
-        raise InputError(f"{what} {path} is not readable TOML: {_reason(error)}.") from error
-    require_bounded(content, f"{what} {path}")
+        raise UsageError(f"{what} {path} is not readable TOML: {_reason(error)}.") from error
     return content
 
 

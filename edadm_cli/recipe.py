@@ -255,8 +255,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     """Reads a shipped recipe by name or a user's recipe by path.
 
     Raises:
-        UsageError: There is no such recipe, or a field is unknown or out of range.
-        InputError: The file cannot be read as TOML.
+        UsageError: There is no such recipe, it is not TOML, or a field is unknown or out of range.
     """
     fields = _read(name_or_path, depth=0)
     try:

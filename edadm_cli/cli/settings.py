@@ -32,8 +32,7 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
     """Reads a configuration file and checks that every key in it is known to some stage.
 
     Raises:
-        InputError: The file is missing or is not TOML.
-        UsageError: A key or a table is unknown.
+        UsageError: The file is missing or is not TOML, or a key or a table is unknown.
     """
     if path is None:
         return {}

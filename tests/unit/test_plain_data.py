@@ -53,8 +53,8 @@ def refused(read: object, *arguments: object) -> EdadmError:
 def test_a_recipe_or_a_configuration_that_hurts_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "file.toml"
     path.write_text(TOML[kind], encoding="utf-8", errors="surrogateescape")
-    refused(load_recipe, str(path))
-    refused(read_config_file, path)
+    assert refused(load_recipe, str(path)).exit_code == EXIT_USAGE
+    assert refused(read_config_file, path).exit_code == EXIT_USAGE
 
 
 def test_an_integer_of_thousands_of_digits_is_described_without_advice_to_programmers(tmp_path: Path) -> None:

@@ -64,26 +64,26 @@ def test_run_takes_the_same_file(stages: FakeStages, config: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "named"),
+    ("text", "named"),
     [
-        ("nonsense = 1", 2, "nonsense"),
-        ("[collect]\nnonsense = 1", 2, "collect.nonsense"),
-        ("[select]\nnum_steps = 3", 2, "select.num_steps"),
-        ("[bench]\nx = 1", 2, "bench"),
-        ("select = 3", 2, "select"),
-        ("[collect]\nnum_steps = 'many'", 2, "--num-steps"),
-        ("[collect]\nnum_steps = 0", 2, "--num-steps"),
-        ("[collect]\nguidance_scale = inf", 2, "--guidance-scale"),
-        ("[collect", 3, "TOML"),
-        ("\xff", 3, "TOML"),
+        ("nonsense = 1", "nonsense"),
+        ("[collect]\nnonsense = 1", "collect.nonsense"),
+        ("[select]\nnum_steps = 3", "select.num_steps"),
+        ("[bench]\nx = 1", "bench"),
+        ("select = 3", "select"),
+        ("[collect]\nnum_steps = 'many'", "--num-steps"),
+        ("[collect]\nnum_steps = 0", "--num-steps"),
+        ("[collect]\nguidance_scale = inf", "--guidance-scale"),
+        ("[collect", "TOML"),
+        ("\xff", "TOML"),
     ],
 )
 def test_a_file_that_does_not_fit_is_reported(
-    stages: FakeStages, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, code: int, named: str
+    stages: FakeStages, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, named: str
 ) -> None:
     path = tmp_path / "edadm.toml"
     path.write_bytes(text.encode("latin-1"))
-    assert main(["collect", "--model", "tiny", "--config", str(path)]) == code
+    assert main(["collect", "--model", "tiny", "--config", str(path)]) == 2
     assert named in capsys.readouterr().err
     assert stages.calls == []
 
@@ -101,7 +101,7 @@ def test_a_file_that_does_not_fit_is_reported(
         (["collect", "--model", "tiny", "--num-trajectories", "1000001"], 2),
         (["select", "--variety-weight", "inf", "--run", "r"], 2),
         (["sample", "--bits", "w4a8", "--num-images", "99999999999999999999", "--run", "r"], 2),
-        (["collect", "--model", "tiny", "--config", "absent.toml"], 3),
+        (["collect", "--model", "tiny", "--config", "absent.toml"], 2),
         (["collect", "--model", "tiny", "--json", "--quiet"], 2),
         (["collect", "--model", "///"], 2),
         (["select", "--recipe", "nonsense", "--run", "r"], 2),
