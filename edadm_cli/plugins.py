@@ -42,7 +42,13 @@ NamedT = TypeVar("NamedT", bound=_Named)
 
 def plugin_points(group: str) -> list[EntryPoint]:
     """Returns the entry points of a group, such as `edadm.metrics`, in the order of their names."""
-    return sorted(entry_points(group=group), key=lambda point: point.name)
+    return sorted(entry_points(group=group), key=lambda point: (point.name, point.value))
+
+
+def origin(point: EntryPoint) -> str:
+    """Returns the package that adds an entry point and what it names: `my-package (my_package.engine:MyEngine)`."""
+    package = point.module.partition(".")[0] if point.dist is None else point.dist.name
+    return f"{package} ({point.value})"
 
 
 def load_object(point: EntryPoint) -> Any:
@@ -95,16 +101,27 @@ def with_plugins(shipped: Iterable[NamedT], group: str, kind: Callable[..., Name
         MachineError: An entry point cannot be loaded, or its object has a name that is in use already.
     """
     known = {each.name: each for each in shipped}
+    origins = dict.fromkeys(known, "edadm itself")
     for point in plugin_points(group):
         plugin = load_plugin(point, kind)
         if plugin.name in known:
-            raise MachineError(
-                f"Two objects of the entry-point group {group} have the name '{plugin.name}': {_origin(plugin)} and"
-                f" {_origin(known[plugin.name])}.",
-                hint="uninstall the package that adds one of them",
-            )
-        known[plugin.name] = plugin
+            raise same_name(group, plugin.name, [origins[plugin.name], origin(point)])
+        known[plugin.name], origins[plugin.name] = plugin, origin(point)
     return known
+
+
+def same_name(group: str, name: str, origins: Iterable[str]) -> MachineError:
+    """Returns the failure of several objects that have one name.
+
+    Args:
+        group: The entry-point group.
+        name: The name.
+        origins: Where the objects come from; see `origin`.
+    """
+    return MachineError(
+        f"Several objects of the entry-point group {group} have the name '{name}': {' and '.join(origins)}.",
+        hint="uninstall the package that adds one of them",
+    )
 
 
 def plugin_failure(error: Exception) -> MachineError | None:
@@ -134,26 +151,34 @@ def plugin_failure(error: Exception) -> MachineError | None:
     return None
 
 
-def wrong_result(what: str, result: object, expected: str) -> MachineError:
+def wrong_result(what: str, plugin: object, result: object, expected: str) -> MachineError:
     """Returns the failure of an object that returned something else than its interface says.
 
     Args:
-        what: The object, such as "The metric 'sharpness'".
+        what: The name of the object, such as "The metric 'sharpness'".
+        plugin: The object, whose class says which package it belongs to.
         result: The value that it returned.
         expected: What its interface says.
     """
-    shown = repr(result)
-    shown = shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."
+    package = type(plugin).__module__.partition(".")[0]
     return MachineError(
-        f"{what} returned {shown}, where {expected} is expected.", hint="update or uninstall the package that adds it"
+        f"{what} of the package {package} returned {_shown(result)}, where {expected} is expected.",
+        hint=f"update or uninstall {package}, or report it to the authors of that package",
     )
+
+
+def _shown(value: object) -> str:
+    """Returns the `repr` of a value, or the beginning of a long one; of a large tensor, its type and shape."""
+    text = " ".join(repr(value).split())
+    if len(text) <= _LONGEST_SHOWN:
+        return text
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"a {type(value).__name__} with shape {tuple(shape)}"
+    return f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _is_in_package_of(point: EntryPoint, module: str) -> bool:
     """Returns whether a module is that of an entry point, or one of the same package."""
     package = point.module.rpartition(".")[0] or point.module
     return module == package or module.startswith(f"{package}.")
-
-
-def _origin(plugin: object) -> str:
-    return f"{type(plugin).__module__}.{type(plugin).__qualname__}"

@@ -25,6 +25,7 @@ from edadm_cli.engines.base import (
 )
 from edadm_cli.engines.parity import LayerParity, compare_layers, relative_l2
 from edadm_cli.engines.reference import use_arithmetic
+from edadm_cli.engines.results import compile_denoiser, require_like
 from edadm_cli.errors import EdadmError
 from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.quant.layers import quantized_layers
@@ -92,7 +93,7 @@ def prepare(
     # now, because later the contenders fill the device's memory
     distance = error(denoiser if dtype == torch.float32 else copy.deepcopy(denoiser))
     # until it is compiled it stays on the CPU, so that contenders have the memory of the GPU
-    source = partial(engine.compile, nn.Module.to(denoiser, "cpu"), args, kwargs, options)
+    source = partial(compile_denoiser, engine, nn.Module.to(denoiser, "cpu"), args, kwargs, options)
     return Prepared(_spec(engine, bits, options, None, packed_mib(denoiser)), parity, lambda: distance, source)
 
 
@@ -145,8 +146,10 @@ def check_prediction(prepared: Prepared, engine: Engine, prediction: Tensor, ful
 
     Raises:
         EdadmError: The relative L2 distance exceeds the bound.
+        MachineError: The prediction has another shape.
     """
     parity = prepared.parity
+    require_like(engine, "the prediction", prediction, parity.prediction)
     cost = relative_l2(parity.prediction, full_precision)
     bound = QUANTIZATION_SHARE * cost
     error = relative_l2(prediction, parity.prediction)

@@ -17,6 +17,7 @@ from edadm_cli.bench.pipeline import ImageTime, PipelineRequest, time_image
 from edadm_cli.bench.spec import TORCH, Call, ContenderEnvironment, Spec, milliseconds, placed
 from edadm_cli.engines.base import CompiledDenoiser, LayerExecution, OperationTime
 from edadm_cli.engines.cuda.capture import GraphedFunction
+from edadm_cli.engines.results import require_rows
 from edadm_cli.models.denoiser_calls.predictions import prediction_of
 
 WARM_UP_CALLS = 2
@@ -91,9 +92,11 @@ class Running:
         """Returns the peak memory in MiB while running (on CUDA of the first batch size), and while loading."""
         return self._running_peak or self._memory.peak_mib(), self._load_peak
 
-    def layers(self) -> tuple[LayerExecution, ...]:
+    def layers(self) -> list[LayerExecution]:
         """Returns how each layer runs; nothing for torch."""
-        return self._function.layers if isinstance(self._function, CompiledDenoiser) else ()
+        if not isinstance(self._function, CompiledDenoiser):
+            return []
+        return require_rows(self._function, "layers", self._function.layers, LayerExecution)
 
     def profile(self, batch_size: int) -> list[OperationTime]:
         """Returns the time of each operation of one call; nothing for torch."""
@@ -103,7 +106,7 @@ class Running:
         with torch_at_its_best():
             if self._device.type == "cuda":
                 self._function.profile(*args, **kwargs)  # the first profile includes the start of the profiler
-            return self._function.profile(*args, **kwargs)
+            return require_rows(self._function, "profile", self._function.profile(*args, **kwargs), OperationTime)
 
     def time_image(self, request: PipelineRequest) -> ImageTime:
         """Returns the time of one whole image; see `bench.pipeline`."""

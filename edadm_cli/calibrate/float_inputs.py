@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.calibrate.ranges import input_quantizer, search_activation_ranges
+from edadm_cli.calibrate.ranges import search_activation_ranges
+from edadm_cli.calibrate.transforming import input_quantizer
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.models.families import Call

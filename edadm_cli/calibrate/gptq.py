@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.nearest import nearest_params
-from edadm_cli.calibrate.ranges import folded, input_quantizer, weight_of
+from edadm_cli.calibrate.transforming import folded, input_quantizer
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.families import Call
 from edadm_cli.models.units import Trace, TracedLayer
@@ -43,12 +43,12 @@ def gptq_params(
             of layers.
     """
     layers = {layer.name: layer for layer in traced.layers if layer.name in plan.layers}
-    params = nearest_params(lambda name: weight_of(layers[name]), plan, ranges)
+    params = nearest_params(lambda name: layers[name].weight, plan, ranges)
     for group in _groups([layer for layer in layers.values() if Operation.of(layer.module).groups == 1], plan):
         hessians = _hessians(denoiser, group, plan, ranges, calls)
         for layer in group:
             layer_plan = plan.layers[layer.name]
-            pieces = layer_plan.split(weight_of(layer))
+            pieces = layer_plan.split(layer.weight)
             for part, piece in zip(layer_plan.part_names(layer.name), pieces, strict=True):
                 weight, scale = folded(piece, part, layer_plan, ranges), ranges[f"{part}.weight_scale"]
                 multipliers = ranges.get(f"{part}.weight_multiplier")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.planning import plan_network
-from edadm_cli.calibrate.ranges import folded, search_ranges
+from edadm_cli.calibrate.ranges import search_ranges
+from edadm_cli.calibrate.transforming import folded
 from edadm_cli.config import BitWidth
 from edadm_cli.models.families import Call
 from edadm_cli.models.units import trace

@@ -16,22 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.statistics import channel_statistics
-from edadm_cli.errors import InputError, UsageError
+from edadm_cli.calibrate.transforming import calibrate_transforms, folded, transform_tensors, transformed
+from edadm_cli.errors import InputError
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.families import Call
-from edadm_cli.models.units import Trace, TracedLayer
-from edadm_cli.plugins import wrong_result
+from edadm_cli.models.units import Trace
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.grid import Grid
 from edadm_cli.quant.groups import search_groups
 from edadm_cli.quant.histogram import Histogram
-from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.network import set_processor
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan, QuantizationPlan
 from edadm_cli.quant.search import Range, activation_range, input_energy, symmetric_scale, weight_scales
-from edadm_cli.quant.transforms import ChannelStatistics, Transform, transform_named
-from edadm_cli.recipe import RangeRecipe, TransformRule, last_match
+from edadm_cli.quant.transforms import ChannelStatistics, transform_named
+from edadm_cli.recipe import RangeRecipe, TransformRule
 
 
 def search_ranges(
@@ -71,66 +70,6 @@ def search_ranges(
     return params | search_activation_ranges(denoiser, traced, plan, recipe, calls, advance, params)
 
 
-def calibrate_transforms(
-    traced: Trace,
-    plan: QuantizationPlan,
-    rules: Sequence[TransformRule],
-    statistics: Mapping[str, ChannelStatistics],
-) -> dict[str, Tensor]:
-    """Returns the tensors of all planned transforms, `<layer>.<tensor>`.
-
-    Raises:
-        UsageError: A transform does not have an option that the recipe gives it.
-    """
-    params: dict[str, Tensor] = {}
-    for layer in traced.layers:
-        layer_plan = plan.layers.get(layer.name)
-        if layer_plan is None or layer_plan.transform is None:
-            continue
-        transform = transform_named(layer_plan.transform)
-        rule = last_match(rules, layer.name)
-        options = {**transform.options, **(rule.options if rule else {})}
-        unknown = sorted(options.keys() - transform.options.keys())
-        if unknown:
-            known = ", ".join(transform.options) or "none"
-            raise UsageError(
-                f"The transform '{transform.name}' has no option '{unknown[0]}'; its options are: {known}."
-            )
-        pieces = layer_plan.split(weight_of(layer))
-        for part, piece in zip(layer_plan.part_names(layer.name), pieces, strict=True):
-            tensors = transform.calibrate(piece.cpu(), statistics[part], options)
-            if not isinstance(tensors, Mapping) or set(tensors) != set(transform.tensors):
-                names = ", ".join(map(repr, transform.tensors)) or "nothing"
-                raise wrong_result(f"The transform '{transform.name}'", tensors, f"a dictionary with {names}")
-            params |= {f"{part}.{name}": tensor.float().cpu() for name, tensor in tensors.items()}
-    return params
-
-
-def transform_tensors(transform: Transform, part: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a transform among parameters under their full names."""
-    return {name: params[f"{part}.{name}"] for name in transform.tensors}
-
-
-def input_quantizer(
-    part: str, plan: LayerPlan, operation: Operation, params: Mapping[str, Tensor]
-) -> InputQuantizer | None:
-    """Returns the quantizer of the input of a layer, or of a part of it; `None` if the input is left in float."""
-    if plan.input_grid is None:
-        return None
-    transform = None if plan.transform is None else transform_named(plan.transform)
-    tensors = {} if transform is None else transform_tensors(transform, part, params)
-    scale, zero_point = params[f"{part}.input_scale"], params[f"{part}.input_zero_point"]
-    return InputQuantizer(plan.input_grid, scale, zero_point, operation.channel_dim, transform, tensors)
-
-
-def folded(weight: Tensor, part: str, plan: LayerPlan, params: Mapping[str, Tensor]) -> Tensor:
-    """Returns the weight that is rounded to codes, with the inverse of its layer's transform folded in, if any."""
-    if plan.transform is None:
-        return weight
-    transform = transform_named(plan.transform)
-    return transform.fold(weight, transform_tensors(transform, part, params))
-
-
 def search_weight_scales(
     traced: Trace,
     plan: QuantizationPlan,
@@ -158,7 +97,7 @@ def search_weight_scales(
         layer_plan = plan.layers.get(layer.name)
         if layer_plan is None:
             continue
-        weight = weight_of(layer)
+        weight = layer.weight
         _require_finite(weight, f"the weight of '{layer.name}'")
         for part, piece in zip(layer_plan.part_names(layer.name), layer_plan.split(weight), strict=True):
             energy = None
@@ -185,13 +124,6 @@ def _energy(part: str, plan: LayerPlan, params: Mapping[str, Tensor], statistics
         return statistics.mean_square
     transform = transform_named(plan.transform)
     return transform.mean_square(statistics, transform_tensors(transform, part, params))
-
-
-def weight_of(layer: TracedLayer) -> Tensor:
-    """Returns the full-precision weight of a layer; it is no parameter where it is read from disk when it is used."""
-    weight = layer.module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
 
 
 def search_activation_ranges(
@@ -319,7 +251,7 @@ def _observed_layer(
                 if part not in moved:
                     tensors = transform_tensors(transform, part, transforms)
                     moved[part] = {key: tensor.to(piece.device) for key, tensor in tensors.items()}
-                piece = transform.apply(piece, moved[part], dim)
+                piece = transformed(piece, transform, moved[part], dim)
             observed.add(part, f"the input of '{name}'", grid, piece)
 
     with Hooks() as hooks:

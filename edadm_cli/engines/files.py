@@ -19,6 +19,7 @@ from edadm_cli.artifacts.store import BuildSpec
 from edadm_cli.engines.base import CompiledDenoiser, Engine, EngineOptions, FileEngine
 from edadm_cli.engines.isolation import IsolatedProcess, ProcessLostError, pack, unpack
 from edadm_cli.engines.pipeline import put_on_engine
+from edadm_cli.engines.results import compile_denoiser, load_denoiser
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
@@ -99,11 +100,11 @@ def compile_new(
         MachineError: The engine's library crashed at the first call.
     """
     if not isinstance(engine, FileEngine):
-        return engine.compile(denoiser, args, kwargs, options)
+        return compile_denoiser(engine, denoiser, args, kwargs, options)
     with TemporaryDirectory(prefix="edadm-engine-") as folder:
         engine.save(denoiser, args, kwargs, options, Path(folder))
         require_first_call(engine, Path(folder), args, kwargs, options)
-        compiled = engine.load(Path(folder), options)
+        compiled = load_denoiser(engine, Path(folder), options)
         compiled.keep_source(denoiser)
         return compiled
 
@@ -131,7 +132,7 @@ def require_first_call(
 def _first_call(engine: FileEngine, folder: Path, packed: Any, options: EngineOptions) -> None:
     args, kwargs = unpack(packed)
     with torch.no_grad():
-        engine.load(folder, options)(*args, **kwargs)
+        load_denoiser(engine, folder, options)(*args, **kwargs)
 
 
 def load_on_engine(
@@ -156,10 +157,10 @@ def load_on_engine(
     files = engine_artifact(run, export, engine, reporter).path if isinstance(engine, FileEngine) else None
     for place, each in model.by_denoiser().items():
         if files is not None and isinstance(engine, FileEngine):
-            compiled = engine.load(files / place, options)
+            compiled = load_denoiser(engine, files / place, options)
             compiled.keep_source(each.denoiser)
         else:
-            compiled = engine.compile(each.denoiser, *example(run, device, dtype, place), options)
+            compiled = compile_denoiser(engine, each.denoiser, *example(run, device, dtype, place), options)
         put_on_engine(each, compiled)
     return model
 

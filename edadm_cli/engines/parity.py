@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.engines.base import Engine, EngineOptions
+from edadm_cli.engines.results import require_like
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
@@ -76,6 +77,9 @@ def compare_layers(
         options: The options of the engine, with `rest_dtype` float32, for which its `layer_bound` holds.
         advance: The progress callback, which is called with 1 after each quantized layer.
         all_layers_up_to: In a denoiser with more quantized layers, only the first of each `signature` is checked.
+
+    Raises:
+        MachineError: The engine returned something else than a tensor with the shape of a layer's output.
     """
     layers = quantized_layers(denoiser)
     every = len(layers) <= all_layers_up_to
@@ -94,7 +98,7 @@ def compare_layers(
             if every or key not in seen:
                 seen.add(key)
                 run = engine.compile_layer(layer, inputs[0], options)
-                errors[name] = relative_l2(run(inputs[0]), exact)
+                errors[name] = relative_l2(require_like(engine, f"the layer '{name}'", run(inputs[0]), exact), exact)
 
         return hook
 

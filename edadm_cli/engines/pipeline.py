@@ -11,6 +11,7 @@ from torch import nn
 
 from edadm_cli.engines.adapters import strengths_of
 from edadm_cli.engines.base import CompiledDenoiser
+from edadm_cli.engines.results import require_prediction
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loaded import LoadedModel
 
@@ -44,7 +45,7 @@ class EngineDenoiser(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the denoiser on its engine."""
-        return self.compiled(*args, **kwargs)
+        return require_prediction(self.compiled, self.compiled(*args, **kwargs))
 
     @property
     def stands_for(self) -> nn.Module:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from importlib.metadata import EntryPoint
+from itertools import groupby
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from edadm_cli.engines.base import Engine, FileEngine
 from edadm_cli.errors import MachineError, UsageError, missing_package
-from edadm_cli.plugins import load_plugin, plugin_points
+from edadm_cli.plugins import load_plugin, origin, plugin_points, same_name
 
 # the module and class of each engine, imported only on demand because each needs its own libraries
 _ENGINES = {
@@ -44,8 +45,8 @@ def engine(name: str) -> Engine:
 
     Raises:
         UsageError: There is no engine of that name.
-        MachineError: A library that the engine needs is not installed, or the entry point of another package is not an
-            engine.
+        MachineError: A library that the engine needs is not installed, the entry point of another package is not an
+            engine, or two packages have an engine of that name.
     """
     name = _FORMER_NAMES.get(name, name)
     outside = {} if name in _ENGINES else _outside()
@@ -69,12 +70,19 @@ def _shipped_engine(module: str, cls: str) -> Engine:
     return shipped
 
 
-def _outside_engine(point: EntryPoint) -> Engine:
+def _outside_engine(points: list[EntryPoint]) -> Engine:
     """Returns the engine of another package.
 
+    Args:
+        points: The entry points of the engine's name, of which there should be one.
+
     Raises:
-        MachineError: The entry point cannot be loaded, or its engine has another name than the entry point.
+        MachineError: There are several entry points of the name, the one cannot be loaded, or its engine has another
+            name than the entry point.
     """
+    point = points[0]
+    if len(points) > 1:
+        raise same_name(GROUP, point.name, map(origin, points))
     loaded = load_plugin(point, Engine)
     if loaded.name != point.name:
         raise MachineError(
@@ -84,9 +92,10 @@ def _outside_engine(point: EntryPoint) -> Engine:
     return loaded
 
 
-def _outside() -> dict[str, EntryPoint]:
+def _outside() -> dict[str, list[EntryPoint]]:
     """Returns the entry points of other packages' engines by name, without those whose name cannot be used."""
-    return {point.name: point for point in plugin_points(GROUP) if _fault_of_name(point.name) is None}
+    usable = [point for point in plugin_points(GROUP) if _fault_of_name(point.name) is None]
+    return {name: list(points) for name, points in groupby(usable, key=lambda point: point.name)}
 
 
 def unusable_engines() -> list[str]:

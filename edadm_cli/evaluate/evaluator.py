@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -91,7 +92,7 @@ class Evaluator:
 
         Raises:
             InputError: A value is not finite, or the real statistics belong to other features.
-            MachineError: A metric of another package returned no `Value`.
+            MachineError: A metric of another package returned no `Value`, or one without the numbers that it needs.
         """
         context = EvaluationContext(self, images, reference)
         values = {
@@ -100,8 +101,7 @@ class Evaluator:
             if metric.paired == paired
         }
         for name, value in values.items():
-            if not isinstance(value, Value):
-                raise wrong_result(f"The metric '{name}'", value, "a 'Value' of edadm_cli.metrics.base")
+            _require_value(name, self.metrics[name], value, len(images))
             if not math.isfinite(value.value):
                 raise InputError(f"{name} of {len(images)} images is {value.value}, but a finite number was expected.")
         return values
@@ -127,6 +127,23 @@ class Evaluator:
             "compare it only with values of as many images."
             for name, size in few.items()
         ]
+
+
+def _require_value(name: str, metric: Metric, value: object, num_images: int) -> None:
+    """Refuses a metric that returned no `Value` of numbers.
+
+    Raises:
+        MachineError: It returned something else.
+    """
+    if not isinstance(value, Value):
+        expected = "a 'Value' of edadm_cli.metrics.base"
+    elif not isinstance(value.value, Real) or not isinstance(value.num_images, int):
+        expected = "a 'Value' with numbers in 'value' and 'num_images'"
+    elif metric.paired and len(value.per_image) != num_images:
+        expected = f"a 'Value' with {num_images} numbers in 'per_image'"
+    else:
+        return
+    raise wrong_result(f"The metric '{name}'", metric, value, expected)
 
 
 class EvaluationContext:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.nearest import nearest_codes
-from edadm_cli.calibrate.ranges import folded
+from edadm_cli.calibrate.transforming import folded
 from edadm_cli.errors import UsageError
 from edadm_cli.integrations.lora import load_lora_file, require_safetensors
 from edadm_cli.models.loaded import LoadedModel

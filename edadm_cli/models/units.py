@@ -34,6 +34,13 @@ class TracedLayer:
     in_time_embedding: bool
     channel_parts: tuple[int, ...] | None
 
+    @property
+    def weight(self) -> Tensor:
+        """The full-precision weight; it is no parameter where it is read from disk when it is used."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
 
 @dataclass(frozen=True)
 class Unit:

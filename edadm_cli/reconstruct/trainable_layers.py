@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.calibrate.ranges import folded, transform_tensors
+from edadm_cli.calibrate.transforming import folded, transform_tensors
 from edadm_cli.processes import Processes
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.grid import learned_fake_quantize

@@ -102,7 +102,7 @@ def _counts(task: Task, scores: NormalisedScores) -> Tensor:
     is_shaped = isinstance(counts, Tensor) and counts.shape == (num_steps,) and counts.dtype == torch.int64
     if not is_shaped or int(counts.min()) < 0 or int(counts.sum()) != num_samples:
         expected = f"a tensor of {num_steps} integers (int64) that sum to {num_samples}"
-        raise wrong_result(f"The strategy '{task.strategy.name}'", counts, expected)
+        raise wrong_result(f"The strategy '{task.strategy.name}'", task.strategy, counts, expected)
     if int(counts.max()) > task.num_trajectories:
         raise UsageError(
             f"Step {int(counts.argmax())} would give {int(counts.max())} of {num_samples} samples, and each of the"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from edadm_cli import plugins
 from edadm_cli.engines.isolation import _answer
@@ -64,7 +65,10 @@ def test_objects_classes_and_functions_follow_the_shipped_ones_by_name(install: 
     ("value", "expected"),
     [
         ("module_of_things:NUMBER", r"'x' of the entry-point group edadm\.things \(.*NUMBER\) is no Thing"),
-        ("module_of_things:TWIN", r"Two objects .* 'shipped': .*Thing"),
+        (
+            "module_of_things:TWIN",
+            r"Several objects .* 'shipped': edadm itself and module_of_things \(module_of_things:TWIN\)",
+        ),
         ("module_of_things:MISSING", r"'x' of .* cannot be loaded: AttributeError"),
         ("module_that_needs_more:THING", r"'x' of .* needs the package 'a_library_that_nobody_has'"),
     ],
@@ -103,8 +107,10 @@ def test_an_error_is_blamed_on_the_package_whose_code_was_running(
     assert sent == [("failed", (failure.message, failure.hint, 4))], "also from a process of its own"
 
 
-def test_a_long_wrong_result_is_shortened() -> None:
-    failure = wrong_result("The metric 'mine'", "x" * 1000, "a number")
-    assert failure.message.startswith("The metric 'mine' returned 'xxx")
+def test_a_wrong_result_is_shown_with_its_package_and_shortened() -> None:
+    failure = wrong_result("The metric 'mine'", Thing("mine"), "x" * 1000, "a number")
+    assert failure.message.startswith("The metric 'mine' of the package tests returned 'xxx")
     assert len(failure.message) < 300
     assert failure.exit_code == 4
+    pixels = wrong_result("The metric 'mine'", Thing("mine"), torch.zeros(30, 30), "a number")
+    assert "returned a Tensor with shape (30, 30), where a number is expected" in pixels.message

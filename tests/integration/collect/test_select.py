@@ -89,7 +89,7 @@ def test_a_strategy_of_another_package_chooses_the_samples(
         assert main([*command, "--strategy", "densest", "--density-radius", "0.5"]) == 0
         assert sorted(json.loads(capsys.readouterr().out)["counts"]) == [0] * STEPS + [5]
         assert main([*command, "--strategy", "too-few"]) == 4
-        assert "'too-few' returned" in capsys.readouterr().err
+        assert "'too-few' of the package " in capsys.readouterr().err
         assert main([*command, "--strategy", "list"]) == 4
         assert "a tensor of" in capsys.readouterr().err
     finally:

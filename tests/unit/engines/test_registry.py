@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
 
+from edadm_cli import plugins
 from edadm_cli.engines import registry
 from edadm_cli.engines.base import Engine, LayerExecution
 from edadm_cli.errors import MachineError, UsageError
@@ -64,6 +66,16 @@ def test_an_engine_whose_library_lacks_a_name_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setitem(registry._ENGINES, "openvino", ("another_engine_of_tests", "Engine"))
     with pytest.raises(MachineError, match=r"cannot be loaded: .*a_function_of_another_version"):
         registry.engine("openvino")
+
+
+def test_two_packages_with_an_engine_of_one_name_are_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [EntryPoint("twin", f"{package}:Twin", registry.GROUP) for package in ("one_package.run", "other_package")]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == registry.GROUP else [])
+    with pytest.raises(MachineError, match=r"'twin': one_package \(one_package.run:Twin\) and other_package \("):
+        registry.engine("twin")
+    facts = {actual.name: actual for actual in registry.engine_facts()}
+    assert list(facts) == [*registry.ENGINE_NAMES, "twin"]
+    assert "have the name 'twin'" in str(facts["twin"].refusals["cpu"])
 
 
 @pytest.mark.parametrize(
