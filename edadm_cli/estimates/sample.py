@@ -14,7 +14,8 @@ from edadm_cli.models.gpu_memory import gpu_peak
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.progress import SilentReporter
-from edadm_cli.sample.stage import load, prepare, sample_pictures
+from edadm_cli.sample.building import load, sample_pictures
+from edadm_cli.sample.task import resolve_task
 
 _PROBE_STEPS = 2
 
@@ -26,7 +27,7 @@ def estimate(config: SampleConfig, run_folder: RunFolder) -> Estimate:
     the pipeline: compiled graphs, and for a denoiser whose graph fits only some calls its tensors in torch and the
     graphs that the probe converted from them.
     """
-    task, device = prepare(config, run_folder), resolve_device(config.device)
+    task, device = resolve_task(config, run_folder), resolve_device(config.device)
     pictures = task.pictures
     reset_resident_peak()
     before = resident_peak_mib()

@@ -33,6 +33,7 @@ print(json.dumps([code, json.loads(text.getvalue())["status"], sorted(heavy & se
 
 
 SIZE = ["--num-trajectories", "4", "--num-steps", "3", "--batch-size", "4"]
+IMAGES = ["--num-images", "2", "--bits", "w4a8"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def run_folder(tiny_ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert main(["select", "--strategy", "uniform", *common]) == 0
     assert main(["reconstruct", "--bits", "w4a8", "--recipe", "rtn", *common]) == 0
     assert main(["export", "--parity-samples", "1", *common]) == 0
+    assert main(["sample", *IMAGES, *common]) == 0
     return folder
 
 
@@ -67,6 +69,11 @@ def test_a_known_model_is_recognized_without_its_pipeline(model: str, tmp_path: 
     words = ["--model", model, "--num-trajectories", "1", "--num-steps", "1", "--run", str(tmp_path)]
     assert main(["collect", *words, "--quiet"]) == 0
     assert _imported("collect", *words) == []
+
+
+def test_images_that_are_there_are_recognized_without_the_export(run_folder: Path) -> None:
+    """Pillow reads the settings of each image from its file."""
+    assert set(_imported("sample", *IMAGES, "--run", str(run_folder))) <= {"PIL"}
 
 
 def test_the_page_of_a_run_is_written_without_anything_that_computes(run_folder: Path) -> None:

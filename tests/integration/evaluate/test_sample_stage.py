@@ -21,7 +21,8 @@ from edadm_cli.estimates import sample as sample_estimates
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.pipeline_calls.sampling import Samples, sample
-from edadm_cli.sample import stage
+from edadm_cli.sample import building, stage
+from edadm_cli.sample.pictures import FACTS_KEY
 
 Exporter = Callable[[RunFolder, float], Artifact]
 BITS = BitWidth(weight=4, activation=8)
@@ -64,7 +65,7 @@ def test_what_is_there_is_not_sampled_again(pixel_run: RunFolder, monkeypatch: p
         sampled.extend(arguments["seeds"])
         return sample(model, **arguments)
 
-    monkeypatch.setattr(stage, "sample", counted)
+    monkeypatch.setattr(building, "sample", counted)
     again = stage.run(_config(), pixel_run)
     assert (again.status, sampled) == ("up_to_date", [])
     assert stage.run(_config(num_images=5), pixel_run).status == "done"
@@ -102,7 +103,7 @@ def test_a_crafted_picture_in_its_place_is_named(pixel_run: RunFolder, crafted: 
     path = pixel_run.root / "samples" / "w4a8" / "000000.png"
     path.parent.mkdir(parents=True)
     info = PngInfo()
-    info.add_itxt(stage.FACTS_KEY, "[" * 100_000)
+    info.add_itxt(FACTS_KEY, "[" * 100_000)
     Image.new("L", (1, 1)).save(path, pnginfo=info)
     if crafted == "too-large":  # Pillow refuses a header with so many pixels, with an error of its own
         content = bytearray(path.read_bytes())

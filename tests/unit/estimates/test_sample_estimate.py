@@ -12,7 +12,7 @@ from torch import nn
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.config import BitWidth, SampleConfig
 from edadm_cli.estimates import sample as estimates
-from edadm_cli.sample.stage import Picture
+from edadm_cli.sample.pictures import Picture
 
 CONFIG = SampleConfig(bits=BitWidth.parse("w4a8"), device="cpu")
 STEPS, IMAGES, SECONDS = 10, 3, 0.5
@@ -31,7 +31,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["clock"] += SECONDS
         return SimpleNamespace(images=torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
-    monkeypatch.setattr(estimates, "prepare", lambda *_: SimpleNamespace(pictures=pictures))
+    monkeypatch.setattr(estimates, "resolve_task", lambda *_: SimpleNamespace(pictures=pictures))
     monkeypatch.setattr(estimates, "load", lambda *_: model)
     monkeypatch.setattr(estimates, "sample_pictures", sample_pictures)
     monkeypatch.setattr(estimates, "reset_resident_peak", lambda: None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edadm_cli.sample.stage import Picture
+from edadm_cli.sample.pictures import Picture
 
 
 def _picture(prompt: str | None, **changes: object) -> Picture:
