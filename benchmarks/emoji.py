@@ -139,7 +139,8 @@ def step_errors(
     from study.learner_judge import one_step_errors
 
     from edadm_cli.artifacts import Units
-    from edadm_cli.models.pipeline_calls.sampling import EVALUATION, image_seed, sample
+    from edadm_cli.models.pipeline_calls.sampling import sample
+    from edadm_cli.models.pipeline_calls.seeds import EVALUATION, image_seed
 
     count = min(study.held_out, study.images)
     names = [unit.name for unit in Units.load(artifact).units]

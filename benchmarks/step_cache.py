@@ -39,7 +39,8 @@ from edadm_cli.metrics.distances import psnr, relative_l2, ssim
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.pipeline_calls.prompts import resolve_prompts
-from edadm_cli.models.pipeline_calls.sampling import EVALUATION, Samples, image_seed, sample
+from edadm_cli.models.pipeline_calls.sampling import Samples, sample
+from edadm_cli.models.pipeline_calls.seeds import EVALUATION, image_seed
 from edadm_cli.quant.network import deploy
 from edadm_cli.recipe import load_recipe
 

@@ -11,7 +11,7 @@ from edadm_cli.recipe import without_later_defaults
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Weights = Literal["auto", "memory", "disk"]
 MAX_IMAGES = 1_000_000
-"""Number of images of one seed that have different noise (`image_seed` in `models/pipeline_calls/sampling.py`)."""
+"""Number of images of one seed that have different noise (`image_seed` in `models/pipeline_calls/seeds.py`)."""
 SIZE_ARGUMENTS = ("height", "width", "num_frames")
 """Fields of the size of what a pipeline samples; they have the names of the arguments of its call."""
 RECIPE_NAMES = (

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.evaluate.efficientnet import efficientnet_space
-from edadm_cli.evaluate.emoji_features import emoji_space, shipped_emoji
+from edadm_cli.evaluate.emoji_features import emoji_space
+from edadm_cli.evaluate.real import shipped_emoji
 from edadm_cli.evaluate.real_files import ArrayImages
 from edadm_cli.metrics.distances import perceptual_distance, relative_l2, ssim
 from edadm_cli.metrics.fidelity import feature_statistics, frechet_distance
@@ -23,7 +24,8 @@ from edadm_cli.models.emoji.data import STATISTICS_FILE, label_of_prompt, real_p
 from edadm_cli.models.emoji.train.measure import frechet
 from edadm_cli.models.emoji.train.packed import small_pictures
 from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.pipeline_calls.sampling import EVALUATION, image_seed, sample
+from edadm_cli.models.pipeline_calls.sampling import sample
+from edadm_cli.models.pipeline_calls.seeds import EVALUATION, image_seed
 from edadm_cli.models.real_statistics import unpack
 from edadm_cli.models.shipped import shipped_prompts
 
@@ -97,7 +99,7 @@ class Judge:
         self.spaces = {"emoji": emoji_space(self.device), "imagenet": efficientnet_space(self.device)}
         pictures = real_pictures() if small is None else small_pictures(real_pictures())
         self.real = self.spaces["imagenet"].extract(ArrayImages(pictures)).pooled
-        self.statistics = shipped_emoji().statistics if small is None else read_statistics(small)
+        self.statistics = shipped_emoji().statistics() if small is None else read_statistics(small)
 
     def features(self, pictures: Tensor) -> dict[str, Features]:
         """Returns the features of pictures in both spaces."""

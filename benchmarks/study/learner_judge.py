@@ -16,7 +16,8 @@ from edadm_cli.artifacts import RunFolder, Units
 from edadm_cli.artifacts.quantization import load_plan
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.pipeline_calls.sampling import EVALUATION, image_seed, sample
+from edadm_cli.models.pipeline_calls.sampling import sample
+from edadm_cli.models.pipeline_calls.seeds import EVALUATION, image_seed
 from edadm_cli.quant.network import load_quant_params, quantize_network
 from edadm_cli.reconstruct.unit_data import channel_loss
 

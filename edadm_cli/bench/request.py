@@ -19,7 +19,7 @@ from edadm_cli.engines.base import Engine
 from edadm_cli.engines.registry import default_engine
 from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import MachineError, UsageError
-from edadm_cli.integrations.caching import StepCache
+from edadm_cli.integrations.cache_settings import StepCache
 from edadm_cli.models.loading import resolve_device
 
 _AUTOTUNED = "max-autotune-no-cudagraphs"  # graphs are recorded by the bench, for all contenders alike

@@ -26,7 +26,8 @@ from edadm_cli.models.pipeline_calls.call_arguments import takes_guidance, takes
 from edadm_cli.models.pipeline_calls.encoding import encode_first
 from edadm_cli.models.pipeline_calls.output_size import with_sizes
 from edadm_cli.models.pipeline_calls.prompts import require_prompts
-from edadm_cli.models.pipeline_calls.sampling import Samples, image_seed, require_num_steps, sample
+from edadm_cli.models.pipeline_calls.sampling import Samples, require_num_steps, sample
+from edadm_cli.models.pipeline_calls.seeds import image_seed
 from edadm_cli.models.placement import described, placement
 from edadm_cli.models.sources.from_folder import first_sentence
 from edadm_cli.models.sources.full_precision import require_full_precision

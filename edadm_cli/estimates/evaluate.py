@@ -11,8 +11,7 @@ from torch import nn
 from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import EvaluateConfig
 from edadm_cli.evaluate.full_precision import KIND, NAME
-from edadm_cli.evaluate.images import SamplingPlan
-from edadm_cli.evaluate.request import EvaluationRequest, resolve
+from edadm_cli.evaluate.request import EvaluationRequest, SamplingPlan, require_machine, resolve
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.pipeline_calls.sampling import Samples, sample
 from edadm_cli.quant.layers import quantized_layers
@@ -33,6 +32,7 @@ def estimate(config: EvaluateConfig, run_folder: RunFolder) -> Estimate:
     Raises:
         InputError: The export is missing or broken.
     """
+    require_machine(config)
     return probe(resolve(config, run_folder))
 
 

@@ -34,7 +34,7 @@ class RealFeatures:
         self._real = real
         self._space = space
         self._features: dict[tuple[int, int], Features] = {}
-        self._statistics: dict[Layer, Statistics] = dict(real.statistics)
+        self._statistics: dict[Layer, Statistics] = dict(real.statistics())
 
     def features(self, size: tuple[int, int]) -> Features:
         """Returns the features of the real images, which are resized to the height and width of the samples.

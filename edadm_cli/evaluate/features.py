@@ -10,7 +10,6 @@ References:
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,9 +27,10 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 from edadm_cli.artifacts.tensors import load_pickled_tensors
 from edadm_cli.errors import InputError
 from edadm_cli.evaluate.datasets import is_offline
+from edadm_cli.evaluate.digests import require_weights
 from edadm_cli.hooks import Hooks
 from edadm_cli.metrics.representation import LAYERS, Features
-from edadm_cli.models.digits.classifier import DigitClassifier, load_classifier
+from edadm_cli.models.digits.classifier import load_classifier
 
 SPATIAL_CHANNELS = 7
 _BATCH_SIZE = 50
@@ -162,18 +162,8 @@ def check_inception_weights(path: Path) -> None:
     Raises:
         InputError: The file is missing, is not a file of weights, or holds objects that are not tensors.
     """
-    if not path.is_file():
-        raise InputError(f"The Inception weights were expected in {path}, but there is no such file.")
+    require_weights(path)
     load_pickled_tensors(path)
-
-
-def digits_digest() -> str:
-    """Returns the hash of the shipped classifier's weights; its metrics are comparable only if it is equal."""
-    classifier: DigitClassifier = load_classifier("cpu")
-    digest = hashlib.sha256()
-    for name, value in sorted(classifier.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def open_extractor(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,39 +11,13 @@ from torch.utils.data import Dataset
 
 from edadm_cli.artifacts import load_tensors, read_tensor_header, save_tensors
 from edadm_cli.errors import InputError
+from edadm_cli.evaluate.request import SamplingPlan
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.pipeline_calls.sampling import Samples, sample
 from edadm_cli.processes import Processes
 from edadm_cli.progress import Reporter
 
 BATCH_PATTERN = "batch-*.safetensors"
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """The images to sample, at either precision.
-
-    Args:
-        seeds: One seed per image.
-        prompts: One prompt per image; `None` for models without prompts.
-        num_steps: T, the number of sampler steps.
-        guidance_scale: Scale of classifier-free guidance; `None` for models without guidance.
-        batch_size: Images per batch; the last batch may have fewer.
-    """
-
-    seeds: tuple[int, ...]
-    prompts: tuple[str, ...] | None
-    num_steps: int
-    guidance_scale: float | None
-    batch_size: int
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def batches(self) -> Iterator[tuple[int, slice]]:
-        """Yields the number of each batch and the range of its images."""
-        for start in range(0, len(self), self.batch_size):
-            yield start // self.batch_size, slice(start, min(start + self.batch_size, len(self)))
 
 
 class SampledImages(Dataset[Tensor]):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.artifacts import OneStepError
-from edadm_cli.evaluate.images import SamplingPlan
+from edadm_cli.evaluate.request import SamplingPlan
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.denoiser_calls.calls import record_calls
 from edadm_cli.models.denoiser_calls.predictions import prediction_of

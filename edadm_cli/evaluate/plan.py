@@ -1,21 +1,25 @@
-"""Decides which metrics an evaluation can compute, and loads the networks and real images that they need."""
+"""Decides which metrics an evaluation can compute, and loads the networks and real images that they need.
+
+Nothing here imports a library that computes before something is loaded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from edadm_cli.errors import InputError
-from edadm_cli.evaluate.evaluator import Evaluator, RealFeatures
-from edadm_cli.evaluate.features import FeatureSpace
 from edadm_cli.evaluate.real import RealImages, open_real
 from edadm_cli.evaluate.request import EvaluationRequest
 from edadm_cli.evaluate.selection import MetricSelection
 from edadm_cli.evaluate.spaces import real_images, space_of
 from edadm_cli.metrics.registry import metrics_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from edadm_cli.evaluate.evaluator import Evaluator
+    from edadm_cli.evaluate.features import FeatureSpace
 
 
 class EvaluationPlan:
@@ -26,14 +30,13 @@ class EvaluationPlan:
 
     Raises:
         UsageError: A metric was named that this model does not have.
-        InputError: A metric was named and its needs are not met, or the real images are not usable.
+        InputError: A metric was named and its needs are not met, or there are no such real images.
     """
 
     def __init__(self, request: EvaluationRequest) -> None:
         self.request = request
         features = request.config.features or request.entry.features
         self.space = space_of(request.entry, features)
-        self.space.check(request.config)
         self._metrics = metrics_of(features)
         self.selection = MetricSelection(self._metrics, request.config.metrics, features)
         self.real = self._open_real()
@@ -43,7 +46,7 @@ class EvaluationPlan:
         elif self.labels is None:
             self.selection.drop(self.selection.needing("labels"), "no prompt names one class of the classifier.")
         real = self.real
-        self.selection.drop_without_real(real.statistics if real else (), has_images=bool(real and real.images))
+        self.selection.drop_without_real(real.layers if real else (), has_images=bool(real and real.images))
         self.selection.drop_too_few(len(request.sampling))
 
     def identity_fields(self) -> dict[str, Any]:
@@ -61,8 +64,13 @@ class EvaluationPlan:
         """Loads the networks and the real images; metrics whose network is missing are left out.
 
         Raises:
-            InputError: The user named such a metric, or the real images cannot be loaded.
+            InputError: The user named such a metric, or its weights or the real images are not usable.
         """
+        import torch
+
+        from edadm_cli.evaluate.evaluator import Evaluator, RealFeatures
+
+        self.space.check(self.request.config)
         if self.real is not None:
             self.real.fetch()
         space = self._load_space(device)
@@ -74,7 +82,7 @@ class EvaluationPlan:
             space=space,
             real=RealFeatures(self.real, space) if self.real and space else None,
             prompts=self.request.sampling.prompts,
-            labels=self.labels,
+            labels=None if self.labels is None else torch.tensor(self.labels),
         )
 
     def _open_real(self) -> RealImages | None:
@@ -84,11 +92,12 @@ class EvaluationPlan:
             return open_real(self.request.config.real)
         return real_images(self.request.entry, self.space)
 
-    def _labels(self, prompts: Sequence[str] | None) -> Tensor | None:
+    def _labels(self, prompts: Sequence[str] | None) -> list[int] | None:
+        """Returns the class that each prompt names, -1 for none; `None` if no prompt names one."""
         labels = [self.space.label_of(prompt) for prompt in prompts or ()]
         if all(label is None for label in labels):
             return None
-        return torch.tensor([-1 if label is None else label for label in labels])
+        return [-1 if label is None else label for label in labels]
 
     def _load_space(self, device: torch.device) -> FeatureSpace | None:
         names = self.selection.needing("features")

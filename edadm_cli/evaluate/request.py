@@ -1,30 +1,58 @@
-"""Resolves the configuration of an evaluation: the images that are sampled, and the pipelines that sample them."""
+"""Resolves the configuration of an evaluation: the images that are sampled, and the pipelines that sample them.
+
+Nothing here imports a library that computes before a pipeline is loaded.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from edadm_cli.artifacts import Artifact, ModelRef, RunFolder
+from edadm_cli.artifacts.store import is_artifact_name
 from edadm_cli.config import EvaluateConfig
-from edadm_cli.engines.base import ONE_GRAPH, FileEngine
-from edadm_cli.engines.files import load_on_engine
-from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import UsageError
-from edadm_cli.evaluate.images import SamplingPlan
-from edadm_cli.integrations.caching import StepCache, enable_cache
+from edadm_cli.integrations.cache_settings import StepCache
 from edadm_cli.models.collected import CollectedRun
-from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.loading import load_model, resolve_device
 from edadm_cli.models.pipeline_calls.prompts import read_prompts
-from edadm_cli.models.pipeline_calls.sampling import EVALUATION, image_seed
+from edadm_cli.models.pipeline_calls.seeds import EVALUATION, image_seed
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.shipped import shipped_prompts
-from edadm_cli.progress import SilentReporter
+
+if TYPE_CHECKING:
+    import torch
+
+    from edadm_cli.models.loaded import LoadedModel
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """The images to sample, at either precision.
+
+    Args:
+        seeds: One seed per image.
+        prompts: One prompt per image; `None` for models without prompts.
+        num_steps: T, the number of sampler steps.
+        guidance_scale: Scale of classifier-free guidance; `None` for models without guidance.
+        batch_size: Images per batch; the last batch may have fewer.
+    """
+
+    seeds: tuple[int, ...]
+    prompts: tuple[str, ...] | None
+    num_steps: int
+    guidance_scale: float | None
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def batches(self) -> Iterator[tuple[int, slice]]:
+        """Yields the number of each batch and the range of its images."""
+        for start in range(0, len(self), self.batch_size):
+            yield start // self.batch_size, slice(start, min(start + self.batch_size, len(self)))
 
 
 @dataclass(frozen=True)
@@ -86,10 +114,15 @@ class EvaluationRequest:
 
     def load_quantized(self) -> LoadedModel:
         """Loads the exported pipeline, on an engine if one is named."""
+        from edadm_cli.engines.files import load_on_engine
+        from edadm_cli.engines.registry import engine
+        from edadm_cli.models.loading import load_model
+        from edadm_cli.progress import SilentReporter
+
+        device, dtype = self.device, self.collected.dtype
         if self.config.engine is not None:
-            engine = engine_of(self.config.engine)
-            return load_on_engine(self.run, self.export, engine, self.device, self.collected.dtype, SilentReporter())
-        return load_model(str(self.export.path), self.device, self.collected.dtype, self.entry)
+            return load_on_engine(self.run, self.export, engine(self.config.engine), device, dtype, SilentReporter())
+        return load_model(str(self.export.path), device, dtype, self.entry)
 
     def load_sampler(self) -> LoadedModel:
         """Loads the exported pipeline, with a step cache if one is named.
@@ -99,12 +132,16 @@ class EvaluationRequest:
         """
         model = self.load_quantized()
         if self.config.cache is not None:
+            from edadm_cli.integrations.caching import enable_cache
+
             enable_cache(model, self.config.cache)
         return model
 
     @property
     def device(self) -> torch.device:
         """The device of the pipelines and the feature extractors."""
+        from edadm_cli.models.loading import resolve_device
+
         return resolve_device(self.config.device)
 
 
@@ -113,17 +150,12 @@ def resolve(config: EvaluateConfig, run: RunFolder) -> EvaluationRequest:
 
     Raises:
         InputError: The export or an ancestor of it is missing or broken, or the prompt file is not usable.
-        UsageError: Prompts or guidance are requested of a model that has none, or a cache of an engine that takes none.
-        MachineError: There is no such device.
+        UsageError: Prompts or guidance are requested of a model that has none, or there is no such step cache.
     """
-    device = resolve_device(config.device)
-    engine = None if config.engine is None else engine_of(config.engine)
-    if engine is not None:
-        engine.require(device)
     if config.cache is not None:
         StepCache.parse(config.cache)
-        if isinstance(engine, FileEngine):
-            raise UsageError(ONE_GRAPH)
+    if not is_artifact_name(config.name):
+        require_machine(config)  # no engine has such a name
     export = run.open("export", str(config.bits))
     collected = CollectedRun.open(run)
     entry = collected.entry
@@ -152,3 +184,22 @@ def _resolve_prompts(
         return tuple(shipped_prompts(entry.prompts, num_images, seed))
     lines = collected if path is None else read_prompts(path)
     return tuple(lines[index % len(lines)] for index in range(num_images))
+
+
+def require_machine(config: EvaluateConfig) -> None:
+    """Checks that the pipelines can run here, before anything is sampled.
+
+    Raises:
+        UsageError: There is no such engine, or it takes no step cache.
+        MachineError: There is no such device, or the engine cannot run on it.
+    """
+    from edadm_cli.engines.base import ONE_GRAPH, FileEngine
+    from edadm_cli.engines.registry import engine
+    from edadm_cli.models.loading import resolve_device
+
+    device = resolve_device(config.device)
+    if config.engine is not None:
+        chosen = engine(config.engine)
+        chosen.require(device)
+        if config.cache is not None and isinstance(chosen, FileEngine):
+            raise UsageError(ONE_GRAPH)

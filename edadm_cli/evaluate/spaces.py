@@ -1,33 +1,26 @@
 """The feature spaces of metrics: the network, the real images, and the classes that prompts name.
 
-`ModelEntry.features` names the space of a model.
+`ModelEntry.features` names the space of a model. A network is imported when it is loaded.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
-import torch
-
-from edadm_cli.artifacts import file_sha256
 from edadm_cli.config import EvaluateConfig
-from edadm_cli.evaluate.efficientnet import FEATURE_NAME as EFFICIENTNET
-from edadm_cli.evaluate.efficientnet import WEIGHTS_SHA256, efficientnet_space, weights_path
-from edadm_cli.evaluate.emoji_features import FEATURE_NAME, emoji_digest, emoji_space, shipped_emoji
-from edadm_cli.evaluate.features import (
-    FeatureSpace,
-    check_inception_weights,
-    digits_digest,
-    digits_space,
-    inception_space,
-)
-from edadm_cli.evaluate.real import RealImages, shipped_digits
+from edadm_cli.evaluate.digests import digits_digest, emoji_digest, inception_digest
+from edadm_cli.evaluate.efficientnet_weights import FEATURE_NAME as EFFICIENTNET
+from edadm_cli.evaluate.efficientnet_weights import WEIGHTS_SHA256, weights_path
+from edadm_cli.evaluate.real import RealImages, shipped_digits, shipped_emoji
 from edadm_cli.models.digits.data import label_of_prompt
 from edadm_cli.models.emoji import data as emoji
 from edadm_cli.models.registry import ModelEntry
 
-INCEPTION_VERSION = "2015-12-05-6726825d"
-"""Date and hash of the Inception weights that torch-fidelity downloads."""
+if TYPE_CHECKING:
+    import torch
+
+    from edadm_cli.evaluate.features import FeatureSpace
 
 
 class Space(ABC):
@@ -80,6 +73,8 @@ class DigitsSpace(Space):
 
     def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
         """Loads the classifier."""
+        from edadm_cli.evaluate.features import digits_space
+
         return digits_space(device)
 
     def real_images(self, entry: ModelEntry) -> RealImages:
@@ -94,7 +89,7 @@ class DigitsSpace(Space):
 class EmojiSpace(Space):
     """The picture-and-name encoder of the emoji models, and the real emoji; a class is one of 500 names."""
 
-    feature_name = FEATURE_NAME
+    feature_name = "emoji"
 
     def digest(self, config: EvaluateConfig) -> str:
         """Returns the hash of the encoders' weights."""
@@ -102,6 +97,8 @@ class EmojiSpace(Space):
 
     def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
         """Loads the encoder."""
+        from edadm_cli.evaluate.emoji_features import emoji_space
+
         return emoji_space(device)
 
     def real_images(self, entry: ModelEntry) -> RealImages:
@@ -122,14 +119,18 @@ class InceptionSpace(Space):
     def check(self, config: EvaluateConfig) -> None:
         """Checks the file of weights, if one is named."""
         if config.inception_weights is not None:
+            from edadm_cli.evaluate.features import check_inception_weights
+
             check_inception_weights(config.inception_weights)
 
     def digest(self, config: EvaluateConfig) -> str:
         """Returns the version of torch-fidelity's weights, or the hash of the file."""
-        return INCEPTION_VERSION if config.inception_weights is None else file_sha256(config.inception_weights)
+        return inception_digest(config.inception_weights)
 
     def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
         """Loads the network."""
+        from edadm_cli.evaluate.features import inception_space
+
         return inception_space(config.inception_weights, device)
 
 
@@ -148,6 +149,8 @@ class EfficientNetSpace(Space):
 
     def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
         """Loads the network."""
+        from edadm_cli.evaluate.efficientnet import efficientnet_space
+
         return efficientnet_space(device)
 
 

@@ -35,7 +35,8 @@ from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model, resolve_device
-from edadm_cli.models.pipeline_calls.sampling import EVALUATION, Samples, image_seed, sample
+from edadm_cli.models.pipeline_calls.sampling import Samples, sample
+from edadm_cli.models.pipeline_calls.seeds import EVALUATION, image_seed
 from edadm_cli.models.placement import LEARNING_SHARE, memory_of
 from edadm_cli.models.repeatable import repeatable_convolutions
 from edadm_cli.models.stored import bring_stored, total_parameters

@@ -31,9 +31,9 @@ def write_pictures(task: Task, pictures: Sequence[Picture], reporter: Reporter) 
         UsageError: There is no such engine.
         MachineError: The device is missing, its memory does not suffice, or the disk is full.
     """
+    model = load(task, reporter)
     with explained_os_errors(task.folder):
         task.folder.mkdir(parents=True, exist_ok=True)
-    model = load(task, reporter)
     size = task.config.batch_size
     with reporter.task(f"Sampling {task.config.bits}", len(pictures)) as advance:
         for start in range(0, len(pictures), size):

@@ -23,7 +23,8 @@ from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
 from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.errors import UsageError
-from edadm_cli.integrations.caching import StepCache, enable_cache
+from edadm_cli.integrations.cache_settings import StepCache
+from edadm_cli.integrations.caching import enable_cache
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.quant.layers import QuantizedLayer

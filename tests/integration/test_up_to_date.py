@@ -34,6 +34,7 @@ print(json.dumps([code, json.loads(text.getvalue())["status"], sorted(heavy & se
 
 SIZE = ["--num-trajectories", "4", "--num-steps", "3", "--batch-size", "4"]
 IMAGES = ["--num-images", "2", "--bits", "w4a8"]
+EVALUATION = [*IMAGES, "--metrics", "psnr_db"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def run_folder(tiny_ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert main(["reconstruct", "--bits", "w4a8", "--recipe", "rtn", *common]) == 0
     assert main(["export", "--parity-samples", "1", *common]) == 0
     assert main(["sample", *IMAGES, *common]) == 0
+    assert main(["evaluate", *EVALUATION, *common]) == 0
     return folder
 
 
@@ -55,6 +57,7 @@ def run_folder(tiny_ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         ["select", "--strategy", "uniform"],
         ["reconstruct", "--bits", "w4a8", "--recipe", "rtn"],
         ["export", "--parity-samples", "1"],
+        ["evaluate", *EVALUATION],
     ],
 )
 def test_nothing_that_computes_is_imported_for_a_stage_that_is_up_to_date(

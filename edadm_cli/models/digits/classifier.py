@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edadm_cli.errors import InputError, UsageError
-from edadm_cli.models.digits.data import TRAIN_COMMAND, WEIGHTS, model_folder
+from edadm_cli.models.digits.data import CLASSIFIER_FILE, TRAIN_COMMAND, WEIGHTS, model_folder
 
-CLASSIFIER_FILE = "classifier.safetensors"
 INPUT_SIZE = 32
 SPATIAL_CHANNELS = 4
 """The number of channels of the early feature map that `spatial` keeps; few channels keep its covariance small."""

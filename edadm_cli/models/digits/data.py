@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 IMAGE_SIZES = (16, 32)
 WEIGHTS = Path(__file__).parent / "weights"
 MODEL_NAMES = ("classifier", "digits-sd", "digits-ddpm", "data")
+CLASSIFIER_FILE = "classifier.safetensors"
 TEST_IMAGES_FILE = "mnist_test.npz"
 STATISTICS_FILE = "statistics.safetensors"
 TRAIN_COMMAND = "python -m edadm_cli.models.digits.train --data mnist.npz --out DIR"

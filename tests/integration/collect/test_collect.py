@@ -25,7 +25,8 @@ from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.denoiser_calls.calls import DenoiserCall, record_calls
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.pipeline_calls.sampling import image_seed, sample
+from edadm_cli.models.pipeline_calls.sampling import sample
+from edadm_cli.models.pipeline_calls.seeds import image_seed
 from edadm_cli.processes import ALONE
 from edadm_cli.report.commands import repeating_commands
 from edadm_cli.report.contents import read_run

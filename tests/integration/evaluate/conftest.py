@@ -16,7 +16,8 @@ import torch
 from edadm_cli.artifacts import Artifact, BuildSpec, ExportFacts, Parity, RunFolder, load_tensors, save_tensors
 from edadm_cli.collect import stage as collect_stage
 from edadm_cli.config import CollectConfig
-from edadm_cli.evaluate.real import ArrayImages, RealImages
+from edadm_cli.evaluate.real import RealImages
+from edadm_cli.evaluate.real_files import ArrayImages
 from edadm_cli.models.digits import data as digits
 from edadm_cli.models.digits.classifier import DigitClassifier
 from edadm_cli.models.registry import ModelEntry
@@ -57,7 +58,7 @@ def tiny_models(tiny_sd: Path, tiny_ddpm: Path, monkeypatch: pytest.MonkeyPatch)
         classifier = DigitClassifier().eval().requires_grad_(False)
     monkeypatch.setattr("edadm_cli.evaluate.features.load_classifier", lambda device="cpu": classifier)
     images = torch.randint(0, 256, (40, 1, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    real = RealImages("random images", "0" * 64, {}, lambda size: ArrayImages(images))
+    real = RealImages("random images", "0" * 64, lambda size: ArrayImages(images))
     monkeypatch.setattr("edadm_cli.evaluate.spaces.shipped_digits", lambda image_size: real)
 
 

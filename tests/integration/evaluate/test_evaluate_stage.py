@@ -25,7 +25,8 @@ from edadm_cli.evaluate import stage
 from edadm_cli.metrics import registry
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.pipeline_calls.sampling import EVALUATION, Samples, image_seed, sample
+from edadm_cli.models.pipeline_calls.sampling import Samples, sample
+from edadm_cli.models.pipeline_calls.seeds import EVALUATION, image_seed
 from edadm_cli.progress import SilentReporter
 
 Exporter = Callable[[RunFolder, float], Artifact]

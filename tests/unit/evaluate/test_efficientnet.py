@@ -10,7 +10,7 @@ import torch
 
 from edadm_cli.config import EvaluateConfig
 from edadm_cli.errors import InputError, MachineError
-from edadm_cli.evaluate import efficientnet
+from edadm_cli.evaluate import efficientnet_weights as efficientnet
 from edadm_cli.evaluate.real_files import ArrayImages
 from edadm_cli.evaluate.spaces import real_images, space_of
 from edadm_cli.metrics.registry import metrics_of
@@ -48,5 +48,5 @@ def test_emoji_are_judged_in_imagenet_features_against_the_pictures_alone() -> N
     assert not torch.equal(features.pooled[0], features.pooled[1])
     real = real_images(entry, space)
     assert real is not None
-    assert not real.statistics, "the shipped statistics are of other features"
+    assert real.layers == (), "the shipped statistics are of other features"
     assert "fid" not in metrics_of(efficientnet.FEATURE_NAME)

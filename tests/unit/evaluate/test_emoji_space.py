@@ -23,7 +23,7 @@ def test_emoji_are_judged_in_features_of_their_own() -> None:
     assert features.logits.shape == (6, 500)
     real = space.real_images(entry)
     assert real is not None
-    assert real.statistics["pooled"].mean.shape == (160,)
+    assert real.statistics()["pooled"].mean.shape == (160,)
     assert space.label_of("pear, flat style") == data.names()["retrieval"].index("pear")
     assert {"frechet_distance", "prompt_accuracy", "prompt_among_five"} <= set(metrics_of("emoji"))
     assert "prompt_among_five" not in metrics_of("digits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 import torch_fidelity
 from torch_fidelity import FeatureExtractorInceptionV3
 
+from edadm_cli.artifacts import load_tensors, save_tensors
 from edadm_cli.errors import InputError
-from edadm_cli.evaluate.features import digits_digest, digits_space, inception_space
-from edadm_cli.evaluate.real import ArrayImages
+from edadm_cli.evaluate.digests import digits_digest
+from edadm_cli.evaluate.features import digits_space, inception_space
+from edadm_cli.evaluate.real_files import ArrayImages
 from edadm_cli.metrics import fidelity
-from edadm_cli.models.digits.classifier import DigitClassifier
+from edadm_cli.models.digits.classifier import DigitClassifier, load_classifier
+from edadm_cli.models.digits.data import CLASSIFIER_FILE, model_folder
 
 CPU = torch.device("cpu")
 ImageMaker = Callable[..., torch.Tensor]
@@ -53,11 +57,17 @@ def test_features_are_the_classifiers_own_in_the_order_of_the_images(
     torch.testing.assert_close(actual.logits, expected.logits)
 
 
-def test_the_digest_follows_the_weights(random_classifier: DigitClassifier) -> None:
-    before = digits_digest()
-    assert digits_digest() == before
-    random_classifier.head.bias[0] += 1e-3
-    assert digits_digest() != before
+def test_the_digest_is_that_of_the_loaded_weights(tmp_path: Path) -> None:
+    digest = sha256()
+    for name, value in sorted(load_classifier().state_dict().items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    assert digits_digest() == digest.hexdigest()
+    path = tmp_path / "classifier" / CLASSIFIER_FILE
+    path.parent.mkdir()
+    tensors = load_tensors(model_folder("classifier") / CLASSIFIER_FILE)
+    tensors["head.bias"][0] += 1e-2
+    save_tensors(path, tensors)
+    assert digits_digest(tmp_path) != digits_digest()
 
 
 def test_inception_gives_its_own_features_and_seven_channels_of_the_17x17_map(

@@ -53,13 +53,13 @@ def test_arrays_give_statistics_or_images_or_both(tmp_path: Path, random_images:
     pooled = {"mu": np.zeros(5, np.float32), "sigma": np.eye(5)}
     np.savez(tmp_path / "both.npz", arr_0=images, arr_1=np.arange(6), **pooled)
     both = open_real(str(tmp_path / "both.npz"))
-    assert set(both.statistics) == {"pooled"}
-    assert both.statistics["pooled"].mean.dtype == np.float64
+    assert both.layers == ("pooled",)
+    assert both.statistics()["pooled"].mean.dtype == np.float64
     assert both.images is not None
     assert torch.equal(both.images((99, 99))[4], torch.from_numpy(images[4]).permute(2, 0, 1))
     np.savez(tmp_path / "statistics.npz", mu_s=np.zeros(3), sigma_s=np.eye(3), **pooled)
     statistics = open_real(str(tmp_path / "statistics.npz"))
-    assert set(statistics.statistics) == {"pooled", "spatial"}
+    assert statistics.layers == ("pooled", "spatial")
     assert statistics.images is None
 
 

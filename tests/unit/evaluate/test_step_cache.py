@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
-from edadm_cli.artifacts import OneStepError, RunFolder
+from edadm_cli.artifacts import OneStepError
 from edadm_cli.config import BitWidth, EvaluateConfig
 from edadm_cli.errors import UsageError
-from edadm_cli.evaluate.images import SampledImages, SamplingPlan
-from edadm_cli.evaluate.request import resolve
+from edadm_cli.evaluate.images import SampledImages
+from edadm_cli.evaluate.request import SamplingPlan, require_machine
 from edadm_cli.evaluate.verdict import verdict
 
 
@@ -44,8 +43,8 @@ def test_a_sampler_with_more_calls_than_steps_has_the_steps_that_were_asked_for(
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_an_engine_with_files_refuses_a_cache_at_once(engine: str, tmp_path: Path) -> None:
+def test_an_engine_with_files_refuses_a_cache_at_once(engine: str) -> None:
     pytest.importorskip(engine)
     config = EvaluateConfig(bits=BitWidth.parse("w8a8"), engine=engine, cache="taylorseer:2", device="cpu")
     with pytest.raises(UsageError, match="one graph"):
-        resolve(config, RunFolder(tmp_path))
+        require_machine(config)

@@ -21,7 +21,8 @@ from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.pipeline_calls.sampling import CALIBRATION, EVALUATION, image_seed, sample
+from edadm_cli.models.pipeline_calls.sampling import sample
+from edadm_cli.models.pipeline_calls.seeds import CALIBRATION, EVALUATION, image_seed
 from edadm_cli.models.pipeline_calls.watched_scheduler import watched_scheduler
 from edadm_cli.models.registry import ModelEntry
 from tests.denoisers.unets import consistency, deepfloyd, inpainting

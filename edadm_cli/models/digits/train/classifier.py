@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from edadm_cli.models.digits.classifier import CLASSIFIER_FILE, DigitClassifier, load_classifier
+from edadm_cli.models.digits.classifier import DigitClassifier, load_classifier
 from edadm_cli.models.digits.data import (
+    CLASSIFIER_FILE,
     IMAGE_SIZES,
     STATISTICS_FILE,
     TEST_IMAGES_FILE,
