@@ -21,7 +21,8 @@ import torch
 from study.rows_of_run import print_table, rows_parser
 from torch import Tensor, nn
 
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer, quantized_layers
+from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
+from edadm_cli.quant.split_layer import SplitLayer
 
 TASKS = {
     "embeddings of time and pooled text": r"time_embedding|timestep_embedder|text_embedder",

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
 from edadm_cli.integrations.comfyui.names import Source, original_names
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.quant.split_layer import SplitLayer
 
 _DENOISER = "lora_unet_"
 _TEXT_ENCODERS = {"lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}

@@ -28,7 +28,8 @@ from edadm_cli.errors import InputError, UsageError
 from edadm_cli.integrations.kohya import in_diffusers_names, needs_renaming
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.sources.from_folder import first_sentence
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.quant.split_layer import SplitLayer
 
 
 def load_loras(model: LoadedModel, files: Mapping[str | Path, float]) -> None:

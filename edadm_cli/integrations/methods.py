@@ -18,7 +18,8 @@ from torch import nn
 from edadm_cli.errors import UsageError
 from edadm_cli.integrations import lora
 from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.quant.split_layer import SplitLayer
 
 
 class _Method:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.quant.buffers import keeping_float32
 from edadm_cli.quant.grid import Grid, activation_grid, fake_quantize, weight_grid
-from edadm_cli.quant.layers import keeping_float32
 from edadm_cli.quant.plan import AttentionPlan
 
 OPERANDS = ("q", "k", "v", "p")

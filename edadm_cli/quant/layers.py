@@ -15,12 +15,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.quant.buffers import keeping_float32
 from edadm_cli.quant.grid import dequantize, weight_grid
 from edadm_cli.quant.groups import codes_of, num_groups, packed_multipliers, per_weight, unpacked_multipliers
 from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.operation import Operation, weight_shape
 from edadm_cli.quant.packing import pack, unpack
 from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.quant.split_layer import SplitLayer
 from edadm_cli.quant.storage import is_packed, packed_bytes, stored_bits
 from edadm_cli.quant.transforms import Transform, transform_named
 
@@ -317,34 +319,6 @@ class QuantizedLayer(nn.Module):
         return f"{self.operation.kind}, weight {list(self.weight_shape)}, {self.plan}"
 
 
-class SplitLayer(nn.Module):
-    """A layer with a concatenated input: each channel range has its own quantizers, and the products are summed.
-
-    References:
-        Q-Diffusion, arXiv 2302.04304, section 4.3 (split shortcut quantization).
-    """
-
-    def __init__(self, parts: list[nn.Module], sizes: tuple[int, ...], channel_dim: int) -> None:
-        super().__init__()
-        for index, part in enumerate(parts):
-            self.add_module(f"part{index}", part)
-        self.sizes, self.channel_dim = tuple(sizes), channel_dim
-
-    @property
-    def parts(self) -> list[nn.Module]:
-        """The layers of the channel ranges, in order."""
-        return [getattr(self, f"part{index}") for index in range(len(self.sizes))]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the sum of the products of the channel ranges."""
-        pieces = x.split(self.sizes, dim=self.channel_dim)
-        first, *rest = (part(piece) for part, piece in zip(self.parts, pieces, strict=True))
-        total: Tensor = first
-        for product in rest:
-            total = total + product
-        return total
-
-
 def quantized_layer(
     layer: nn.Module,
     plan: LayerPlan,
@@ -356,18 +330,18 @@ def quantized_layer(
     Args:
         layer: The layer in full precision; its weight is not read where `device` is given.
         plan: Its bits.
-        code_bits: How many bits a code of so many bits takes where it is stored.
+        code_bits: Returns the bits that a code takes in memory and on disk, for its number of bits.
         device: The device of the codes and scales; by default that of the weight.
     """
     operation, whole = Operation.of(layer), weight_shape(layer)
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
     device = device or layer.get_parameter("weight").device
+    bits = code_bits(plan.weight_bits)
     if plan.channel_parts is None:
-        return QuantizedLayer(operation, plan, whole, bias, device, code_bits(plan.weight_bits))
+        return QuantizedLayer(operation, plan, whole, bias, device, bits)
     parts: list[nn.Module] = []
     for size in plan.channel_parts:
         shape = (whole[0], size, *whole[2:])
-        bits = code_bits(plan.weight_bits)
         parts.append(QuantizedLayer(operation, plan.part(), shape, None if parts else bias, device, bits))
     return SplitLayer(parts, plan.channel_parts, operation.channel_dim)
 
@@ -375,16 +349,3 @@ def quantized_layer(
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Returns every `QuantizedLayer` of a model by dotted name, the parts of split layers one by one."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
-
-
-def keeping_float32(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Wraps a function for `Module._apply` so that the module's own float32 buffers change device but not dtype."""
-    owned = {id(buffer) for buffer in module.buffers(recurse=False)}
-
-    def moved(tensor: Tensor) -> Tensor:
-        result = fn(tensor)
-        if id(tensor) in owned and result.dtype != tensor.dtype:
-            return tensor.to(device=result.device)
-        return result
-
-    return moved

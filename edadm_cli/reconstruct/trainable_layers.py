@@ -13,9 +13,9 @@ from edadm_cli.processes import Processes
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.grid import learned_fake_quantize
 from edadm_cli.quant.inputs import InputQuantizer
-from edadm_cli.quant.layers import SplitLayer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan
+from edadm_cli.quant.split_layer import SplitLayer
 from edadm_cli.quant.transforms import transform_named
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.learned_values import LearnedRounding, LearnedScales, LearnedVectors

@@ -16,7 +16,8 @@ from edadm_cli.config import BitWidth
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.models.example_calls import example_call
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.quant.split_layer import SplitLayer
 from edadm_cli.recipe import load_recipe
 from tests.denoisers.families import FAMILIES
 from tests.integration.small_runs import predict

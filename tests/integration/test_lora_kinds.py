@@ -29,7 +29,8 @@ from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.quant.split_layer import SplitLayer
 from edadm_cli.recipe import load_recipe
 from tests.denoisers import flux, transformers
 

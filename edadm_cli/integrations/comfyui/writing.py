@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from edadm_cli.artifacts import save_tensors
 from edadm_cli.errors import InputError
 from edadm_cli.integrations.comfyui.names import PREFIX, Source, original_names
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.quant.split_layer import SplitLayer
 from edadm_cli.quant.transforms import HadamardRotation
 
 FORMAT = "int8_tensorwise"

@@ -16,9 +16,10 @@ from diffusers import (
 from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
-from edadm_cli.quant.layers import SplitLayer, quantized_layer
+from edadm_cli.quant.layers import quantized_layer
 from edadm_cli.quant.network import set_module
 from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.quant.split_layer import SplitLayer
 
 FLUX = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
 KINDS: dict[str, Any] = {

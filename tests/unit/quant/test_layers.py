@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edadm_cli.quant.grid import quantize
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer, quantized_layer
+from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
 from edadm_cli.quant.network import load_quant_params, quant_params
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.quant.split_layer import SplitLayer
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from edadm_cli.engines.cuda.state import StepState
 from edadm_cli.engines.listing import list_layers
 from edadm_cli.models.families.attention import PLAIN_PROCESSORS, QUANTIZED_PROCESSOR
 from edadm_cli.quant.attention import QuantizedAttention
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.network import set_module
+from edadm_cli.quant.split_layer import SplitLayer
 
 _LAYERS = (nn.Linear, nn.Conv2d, QuantizedLayer, SplitLayer)
 _ATTENTION_IS_FLOAT = "operands on the integer grids, products in floating point"

@@ -14,9 +14,10 @@ from edadm_cli.engines.cuda.products.adapted import AdaptedProduct
 from edadm_cli.engines.cuda.products.norms import NormStage
 from edadm_cli.engines.cuda.products.product import FloatProduct, IntegerConv2d, IntegerLinear, Product, SplitProduct
 from edadm_cli.engines.cuda.products.quantizer import Quantizer
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import part_name
+from edadm_cli.quant.split_layer import SplitLayer
 
 Padding = tuple[int, int, int, int]
 FLOAT_INPUT = "its input stays in floating point"
