@@ -16,21 +16,21 @@ from edadm_cli import sensitivity as sensitivity_package
 from edadm_cli.artifacts import RunFolder, Stage
 from edadm_cli.cli import flags
 from edadm_cli.cli.current_run import bits_used_last
-from edadm_cli.cli.execution import Execution, stage_command
+from edadm_cli.cli.execution import ConfigT, Execution, stage_command
 from edadm_cli.cli.require import Requirement, parse_requirements
 from edadm_cli.cli.settings import recipe_name
 from edadm_cli.config import BitWidth, CollectConfig, ReconstructConfig, SelectConfig
 from edadm_cli.errors import UsageError
 from edadm_cli.recipe import load_recipe
 
-COLLECT, SELECT, RECONSTRUCT = collect_package.STAGE, select_package.STAGE, reconstruct_package.STAGE
+COLLECT = collect_package.STAGE
+SELECT = select_package.STAGE
 SENSITIVITY = sensitivity_package.STAGE
-EXPORT, EVALUATE, SAMPLE, BENCH = (
-    export_package.STAGE,
-    evaluate_package.STAGE,
-    sample_package.STAGE,
-    bench_package.STAGE,
-)
+RECONSTRUCT = reconstruct_package.STAGE
+EXPORT = export_package.STAGE
+EVALUATE = evaluate_package.STAGE
+SAMPLE = sample_package.STAGE
+BENCH = bench_package.STAGE
 
 
 @stage_command(COLLECT.config)
@@ -107,10 +107,7 @@ def bench(execution: Execution, given: dict[str, Any]) -> None:
 
 def configure_collect(execution: Execution, given: dict[str, Any]) -> CollectConfig:
     """Returns the configuration of `collect`, with the defaults of the recipe if one is named."""
-    recipe = given["recipe"] or execution.from_file("reconstruct", "recipe")
-    defaults = {} if recipe is None else load_recipe(recipe_name(recipe)).collect.model_dump(exclude_none=True)
-    chosen = execution.configure(COLLECT, given).model_dump(exclude_unset=True)
-    return CollectConfig.model_validate({**defaults, **chosen})
+    return _with_defaults_of_recipe(execution, COLLECT, given)
 
 
 def configure_select(execution: Execution, given: dict[str, Any]) -> SelectConfig:
@@ -121,12 +118,19 @@ def configure_select(execution: Execution, given: dict[str, Any]) -> SelectConfi
     """
     from edadm_cli.select.strategies import strategy_named
 
-    recipe = given["recipe"] or execution.from_file("reconstruct", "recipe")
-    defaults = {} if recipe is None else load_recipe(recipe_name(recipe)).select.model_dump(exclude_none=True)
-    chosen = execution.configure(SELECT, given).model_dump(exclude_unset=True)
-    config = SelectConfig.model_validate({**defaults, **chosen})
+    config = _with_defaults_of_recipe(execution, SELECT, given)
     strategy_named(config.strategy)
     return config
+
+
+def _with_defaults_of_recipe(execution: Execution, stage: Stage[ConfigT], given: dict[str, Any]) -> ConfigT:
+    """Returns the configuration of a stage for which recipes have a table of defaults; flags and file override them."""
+    recipe = given["recipe"] or execution.from_file("reconstruct", "recipe")
+    defaults = {}
+    if recipe is not None:
+        defaults = getattr(load_recipe(recipe_name(recipe)), stage.kind).model_dump(exclude_none=True)
+    chosen = execution.configure(stage, given).model_dump(exclude_unset=True)
+    return stage.config.model_validate({**defaults, **chosen})
 
 
 def configure_reconstruct(execution: Execution, given: dict[str, Any]) -> ReconstructConfig:

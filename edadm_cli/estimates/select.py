@@ -14,7 +14,7 @@ from edadm_cli.config import SelectConfig
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.select.building import PLOT_FILE, feature_slices
 from edadm_cli.select.plot import draw_selection
-from edadm_cli.select.task import Task, prepare
+from edadm_cli.select.task import Task, resolve_task
 from edadm_cli.select.tdac import rows_at_once, score_slices
 
 _MIB = 2**20
@@ -23,7 +23,7 @@ _MIB = 2**20
 def estimate(config: SelectConfig, run_folder: RunFolder) -> Estimate:
     """Estimates time, memory and disk from sizes on disk and a timed part of the features."""
     collected = CollectedRun.open(run_folder)
-    costs = [_of_denoiser(prepare(config, collected, place)) for place in collected.places]
+    costs = [_of_denoiser(resolve_task(config, collected, place)) for place in collected.places]
     return Estimate(
         seconds=sum(cost.seconds for cost in costs),
         memory_mib=max(cost.memory_mib for cost in costs),
@@ -32,14 +32,14 @@ def estimate(config: SelectConfig, run_folder: RunFolder) -> Estimate:
 
 
 def _of_denoiser(task: Task) -> Estimate:
-    shape, portions = feature_slices(task.collected)
+    shape, portions = feature_slices(task.artifact)
     score_slices([next(portions)])  # the first call also warms up
     again = next(portions, None)
     start = time.perf_counter()
-    score_slices([next(feature_slices(task.collected)[1]) if again is None else again])
+    score_slices([next(feature_slices(task.artifact)[1]) if again is None else again])
     seconds = (time.perf_counter() - start) * math.ceil(shape[1] / rows_at_once(shape))
     seconds += _plotting_seconds(len(task.timesteps))
-    payload = {entry.path: entry.bytes for entry in task.collected.manifest.payload}
+    payload = {entry.path: entry.bytes for entry in task.artifact.manifest.payload}
     share = task.num_samples / task.num_trajectories
     latents = [size for name, size in payload.items() if name.startswith("latents-")]
     calibration = share * (sum(latents) / len(task.timesteps) + payload["condition.safetensors"])

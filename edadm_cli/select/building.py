@@ -36,18 +36,18 @@ def build(task: Task, folder: Path, reporter: Reporter) -> None:
         MachineError: A strategy of another package returns no counts.
     """
     folder.mkdir(exist_ok=True)
-    shape, portions = feature_slices(task.collected)
+    shape, portions = feature_slices(task.artifact)
     with reporter.task("Comparing steps", math.ceil(shape[1] / rows_at_once(shape))) as advance:
         scores = score_slices(_counted(portions, advance))
     if not bool(scores.distances.isfinite().all() and scores.variety.isfinite().all()):
-        raise InputError(f"The mid-block features of {task.collected.path} are not finite.", hint=task.collected.remedy)
+        raise InputError(f"The mid-block features of {task.artifact.path} are not finite.", hint=task.artifact.remedy)
     normalised = normalised_scores(scores, task.radius, task.quantile)
     counts = _counts(task, normalised)
     step_index, trajectory_index = assign_trajectories(counts, task.num_trajectories, _generator(task, 0))
-    form = CallForm.load(task.collected)
+    form = CallForm.load(task.artifact)
     tensors = _calibration_set(task, form, step_index, trajectory_index, reporter)
     if form.control is not None:
-        tensors = with_computed(tensors, form, task.run, resolve_device(task.config.device), reporter)
+        tensors = with_computed(tensors, form, task.collected, resolve_device(task.config.device), reporter)
     save_tensors(folder / CALIBRATION_FILE, tensors)
     scored = {"density": normalised.density, "variety": normalised.variety, "counts": counts}
     save_tensors(folder / SCORES_FILE, scored)
@@ -121,7 +121,7 @@ def _calibration_set(
     task: Task, form: CallForm, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter
 ) -> dict[str, Tensor]:
     """Gathers the chosen steps."""
-    conditions = task.collected.tensors(CONDITION_FILE)
+    conditions = task.artifact.tensors(CONDITION_FILE)
     varying = {prefix + name for name in form.varying for prefix in (CONDITION, UNCONDITIONAL)} & conditions.keys()
     _require_values_per_step(task, {name: conditions[name] for name in sorted(varying)})
     return {
@@ -140,16 +140,16 @@ def _calibration_set(
 
 def _chosen_samples(task: Task, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter) -> Tensor:
     """Returns the chosen steps of the trajectories, in order of trajectories; it reads one shard at a time."""
-    names = sorted(e.path for e in task.collected.manifest.payload if e.path.startswith("latents-"))
+    names = sorted(e.path for e in task.artifact.manifest.payload if e.path.startswith("latents-"))
     chosen, first = [], 0
     with reporter.task("Gathering samples", len(names)) as advance:
         for name in names:
-            latents = task.collected.tensors(name, ["latents"])["latents"]  # [T, n, *]
+            latents = task.artifact.tensors(name, ["latents"])["latents"]  # [T, n, *]
             is_here = (trajectory_index >= first) & (trajectory_index < first + latents.shape[1])
             samples = latents[step_index[is_here], trajectory_index[is_here] - first]
             if not bool(samples.isfinite().all()):
                 raise InputError(
-                    f"The latents in {task.collected.path / name} are not finite.", hint=task.collected.remedy
+                    f"The latents in {task.artifact.path / name} are not finite.", hint=task.artifact.remedy
                 )
             chosen.append(samples)
             first += latents.shape[1]
@@ -160,10 +160,10 @@ def _chosen_samples(task: Task, step_index: Tensor, trajectory_index: Tensor, re
 def _require_values_per_step(task: Task, conditions: Mapping[str, Tensor]) -> None:
     for name, tensor in conditions.items():
         if tensor.shape[1:2] != (len(task.timesteps),):
-            path = task.collected.path / CONDITION_FILE
+            path = task.artifact.path / CONDITION_FILE
             raise InputError(
                 f"'{name}' in {path} has not one value for each of {len(task.timesteps)} steps.",
-                hint=task.collected.remedy,
+                hint=task.artifact.remedy,
             )
 
 

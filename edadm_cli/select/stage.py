@@ -9,7 +9,7 @@ from edadm_cli.config import SelectConfig
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.select.strategies import total_variation
-from edadm_cli.select.task import prepare
+from edadm_cli.select.task import resolve_task
 
 
 def run(
@@ -26,7 +26,7 @@ def run(
     start = time.monotonic()
     reporter = reporter or SilentReporter()
     collected = CollectedRun.open(run_folder)
-    tasks = {place: prepare(config, collected, place) for place in collected.places}
+    tasks = {place: resolve_task(config, collected, place) for place in collected.places}
     with run_folder.build(tasks[""].build_spec(), force) as build:
         is_done = build.up_to_date
         if not is_done:
@@ -51,7 +51,7 @@ def run(
 
 def build_spec(config: SelectConfig, run_folder: RunFolder) -> BuildSpec:
     """Returns the description of the artifact that `run` would build, without selecting."""
-    return prepare(config, CollectedRun.open(run_folder)).build_spec()
+    return resolve_task(config, CollectedRun.open(run_folder)).build_spec()
 
 
 def artifact_name(config: SelectConfig) -> None:

@@ -21,19 +21,21 @@ class Task:
     """A configuration whose open choices are all decided, with its trajectories.
 
     Attributes:
-        run: The run with the `collect` artifact.
-        collected: The part of it that belongs to one denoiser.
+        config: The configuration.
         strategy: How the samples are shared out over the steps.
-        num_steps: T.
-        num_samples: N.
+        collected: The run with the trajectories.
+        artifact: The part of the `collect` artifact that belongs to one denoiser.
+        num_steps: T, the number of sampler steps.
+        num_trajectories: The number of trajectories.
+        num_samples: N, the number of samples.
         variety_weight: lambda.
         radius: r; `None` if a quantile of the distances decides it.
     """
 
     config: SelectConfig
     strategy: SelectionStrategy
-    run: CollectedRun
-    collected: Artifact
+    collected: CollectedRun
+    artifact: Artifact
     num_steps: int
     num_trajectories: int
     num_samples: int
@@ -43,7 +45,7 @@ class Task:
     @cached_property
     def timesteps(self) -> Tensor:
         """The scheduler's value at each step, with shape `(T,)`."""
-        return self.collected.tensors(FEATURES_FILE, ["timesteps"])["timesteps"]
+        return self.artifact.tensors(FEATURES_FILE, ["timesteps"])["timesteps"]
 
     @property
     def quantile(self) -> float:
@@ -75,11 +77,21 @@ class Task:
             fields["density_radius"] = self.radius
             if self.radius is None and self.quantile != EARLIER_DENSITY_QUANTILE:
                 fields["density_quantile"] = self.quantile
-        return BuildSpec("select", None, fields, self.config.seed, (self.run.artifact,), self.run.model)
+        return BuildSpec("select", None, fields, self.config.seed, (self.collected.artifact,), self.collected.model)
 
 
-def prepare(config: SelectConfig, collected: CollectedRun, place: str = "") -> Task:
-    """Decides what the configuration leaves open for the trajectories of one denoiser; see `CollectedRun.places`."""
+def resolve_task(config: SelectConfig, collected: CollectedRun, place: str = "") -> Task:
+    """Decides what the configuration leaves open for the trajectories of one denoiser.
+
+    Args:
+        config: The configuration.
+        collected: The run with the trajectories.
+        place: Which denoiser, one of `CollectedRun.places`.
+
+    Raises:
+        UsageError: There is no such strategy, there are fewer samples than are asked for, or a setting belongs to
+            another strategy.
+    """
     strategy = strategy_named(config.strategy)
     part = collected.artifact.within(place)
     num_trajectories = collected.num_trajectories
@@ -92,23 +104,25 @@ def prepare(config: SelectConfig, collected: CollectedRun, place: str = "") -> T
             hint=f"edadm collect --num-trajectories {-(-num_samples // num_steps)} --force",
         )
     if not strategy.uses_scores:
-        for flag, value in (
-            ("density-radius", config.density_radius),
-            ("variety-weight", config.variety_weight),
-            ("density-quantile", config.density_quantile),
-        ):
-            if value is not None:
-                raise UsageError(f"--{flag} belongs to the strategy tdac and has no meaning for {strategy.name}.")
+        _refuse_settings_of_scores(config)
     default_weight = collected.entry.variety_weight
     radius = collected.entry.density_radius if config.model_radius and strategy.uses_scores else None
     return Task(
         config=config,
         strategy=strategy,
-        run=collected,
-        collected=part,
+        collected=collected,
+        artifact=part,
         num_steps=num_steps,
         num_trajectories=num_trajectories,
         num_samples=num_samples,
         variety_weight=default_weight if config.variety_weight is None else config.variety_weight,
         radius=radius if config.density_radius is None else config.density_radius,
     )
+
+
+def _refuse_settings_of_scores(config: SelectConfig) -> None:
+    """Refuses the settings of density and variety, for a strategy that reads neither."""
+    for name in ("density_radius", "variety_weight", "density_quantile"):
+        if getattr(config, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} belongs to the strategy tdac and has no meaning for {config.strategy}.")
