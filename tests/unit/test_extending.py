@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md do what the page says of them."""
+"""The examples of docs/extending.md do what the page says of them; `engines/test_extending_page` runs its engine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from edadm_cli.engines.base import EngineOptions
-from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.errors import MachineError
-from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
-from edadm_cli.quant.plan import LayerPlan
 from edadm_cli.recipe import load_recipe
 from edadm_cli.select.strategies import ScoredSteps
 
@@ -32,30 +27,6 @@ def examples() -> dict[str, Any]:
     for block in re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S):
         exec(compile(block, "extending.md", "exec"), defined)
     return defined
-
-
-def quantized() -> QuantizedLayer:
-    torch.manual_seed(0)
-    layer = quantized_layer(nn.Linear(12, 8), LayerPlan(weight_bits=8, activation_bits=8))
-    assert isinstance(layer, QuantizedLayer)
-    codes = torch.randint(-128, 128, (8, 12), dtype=torch.int8)
-    layer.set_parameters(codes, torch.rand(8), torch.tensor(0.03), torch.tensor(128))
-    return layer
-
-
-def test_the_engine_computes_what_the_reference_computes(examples: dict[str, Any]) -> None:
-    engine, layer, x = examples["MyEngine"](), quantized(), torch.randn(5, 12)
-    assert engine.refusal(CPU) is None
-    assert engine.refusal(torch.device("cuda")) is not None
-    denoiser, options = nn.Sequential(layer, nn.Linear(8, 3)), EngineOptions(CPU)
-    compiled = engine.compile(denoiser, (x,), {}, options)
-    expected = ReferenceEngine().compile(denoiser, (x,), {}, options)
-    assert torch.equal(compiled(x), expected(x))
-    assert compiled.layers == expected.layers
-    assert torch.equal(
-        engine.compile_layer(layer, x, options)(x), ReferenceEngine().compile_layer(layer, x, options)(x)
-    )
-    assert [row.kind for row in compiled.profile(x)] == ["other"]
 
 
 class Images:

@@ -12,6 +12,7 @@ import torch
 
 from edadm_cli.errors import InputError
 from edadm_cli.metrics.clip_score import load_clip
+from tests.unit.evaluate.pickles import CreatesFile
 
 ImageMaker = Callable[..., torch.Tensor]
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def test_models_and_weights_that_cannot_be_had_end_in_one_sentence(
     with pytest.raises(InputError, match="do not fit"):
         load_clip("tiny-clip", str(foreign), CPU)
     trace = tmp_path / "trace"
-    torch.save(_Runs(trace), foreign)
+    torch.save(CreatesFile(trace), foreign)
     with pytest.raises(InputError, match="do not fit"):
         load_clip("tiny-clip", str(foreign), CPU)
     assert not trace.exists()
@@ -72,13 +73,3 @@ def test_models_and_weights_that_cannot_be_had_end_in_one_sentence(
 
 def _unreachable(*args: object, **kwargs: object) -> None:
     raise OSError("no network")
-
-
-class _Runs:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.path,)

@@ -19,6 +19,7 @@ from edadm_cli.evaluate.real_files import ArrayImages
 from edadm_cli.metrics import fidelity
 from edadm_cli.models.digits.classifier import DigitClassifier, load_classifier
 from edadm_cli.models.digits.data import CLASSIFIER_FILE, model_folder
+from tests.unit.evaluate.pickles import CreatesFile
 
 CPU = torch.device("cpu")
 ImageMaker = Callable[..., torch.Tensor]
@@ -92,7 +93,7 @@ def test_weights_that_are_missing_foreign_or_carry_code_end_in_one_sentence(tmp_
     with pytest.raises(InputError, match="does not hold"):
         inception_space(foreign, CPU)
     evil, trace = tmp_path / "evil.pth", tmp_path / "trace"
-    torch.save(_Runs(trace), evil)
+    torch.save(CreatesFile(trace), evil)
     with pytest.raises(InputError, match="tensors only"):
         inception_space(evil, CPU)
     assert not trace.exists()
@@ -100,16 +101,6 @@ def test_weights_that_are_missing_foreign_or_carry_code_end_in_one_sentence(tmp_
         evil.write_bytes(content)
         with pytest.raises(InputError, match=r"tensors only|does not hold"):
             inception_space(evil, CPU)
-
-
-class _Runs:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.path,)
 
 
 def test_offline_without_weights_names_the_file_and_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
