@@ -22,7 +22,7 @@ from edadm_cli.artifacts import (
 )
 from edadm_cli.bench.contenders import base
 from edadm_cli.bench.contenders.base import DenoiserFacts, Preparation
-from edadm_cli.bench.contenders.registry import FLOATS, peers
+from edadm_cli.bench.contenders.registry import FLOATS, peers, prepare_specs
 from edadm_cli.bench.kinds import rows_by_kind
 from edadm_cli.bench.machine import machine_facts
 from edadm_cli.bench.memory import give_back_memory
@@ -167,7 +167,7 @@ class Measurement:
         """Returns the forms of a contender, or none if its preparation raises an error; it is then left out."""
         try:
             with self._parts.measured(f"prepare {contender.name}"):
-                return contender.prepare(context)
+                return prepare_specs(contender, context)
         except Exception as error:
             if contender.name == self.request.engine.name:
                 raise  # an engine that cannot convert the model cannot run it quantized either

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from edadm_cli.bench.contenders.base import Contender
+from edadm_cli.bench.contenders.base import Contender, Preparation
 from edadm_cli.bench.contenders.comfy_kitchen import ComfyKitchen
 from edadm_cli.bench.contenders.float8 import Float8
 from edadm_cli.bench.contenders.full_precision import OpenVinoFloat, TorchFloat
@@ -17,7 +17,7 @@ from edadm_cli.bench.contenders.sdnq import Sdnq
 from edadm_cli.bench.contenders.torchao import TorchAo
 from edadm_cli.bench.spec import ContenderEnvironment, Spec
 from edadm_cli.errors import UsageError
-from edadm_cli.plugins import with_plugins
+from edadm_cli.plugins import with_plugins, wrong_result
 
 GROUP = "edadm.contenders"
 FLOATS: tuple[Contender, ...] = (TorchFloat(), OpenVinoFloat())
@@ -45,6 +45,19 @@ def require_peers(names: Sequence[str], device: torch.device) -> None:
         if name not in peers():
             raise UsageError(f"--against takes {', '.join(peers())}; got '{name}'.", hint="edadm bench --help")
         peers()[name].require(device)
+
+
+def prepare_specs(contender: Contender, context: Preparation) -> list[Spec]:
+    """Returns the forms that a contender prepares.
+
+    Raises:
+        MachineError: The contender of another package returned something else.
+    """
+    specs = contender.prepare(context)
+    if not isinstance(specs, list) or not all(isinstance(spec, Spec) for spec in specs):
+        expected = "a list of 'Spec' of edadm_cli.bench.spec"
+        raise wrong_result(f"The contender '{contender.name}'", contender, specs, expected)
+    return specs
 
 
 def load(spec: Spec, environment: ContenderEnvironment) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
@@ -58,6 +58,9 @@ class DenoiserFamily:
             a cache off. They are passed where the pipeline has a parameter of that name, and change no image.
         prepare: Gives all calls of a denoiser one form before it is recorded or reconstructed, if the denoiser treats
             prompts of different lengths differently. The predictions stay the same.
+
+    Raises:
+        TypeError: A field of names is one text, which happens when a tuple of one name lacks its comma.
     """
 
     name: str
@@ -82,6 +85,13 @@ class DenoiserFamily:
     tiled_autoencoders: tuple[str, ...] = ()
     call_arguments: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[nn.Module], None] | None = None
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.name != "name" and isinstance(value := getattr(self, each.name), str):
+                raise TypeError(
+                    f"'{each.name}' of the family '{self.name}' is the text '{value}': a tuple needs a comma"
+                )
 
 
 UNDESCRIBED = DenoiserFamily("undescribed", ())

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from edadm_cli.bench.contenders import base
 from edadm_cli.bench.contenders.base import Contender, Preparation
 from edadm_cli.bench.contenders.float8 import Float8, Float8Linear
 from edadm_cli.bench.contenders.nncf import Nncf
-from edadm_cli.bench.contenders.registry import GROUP, peers, require_peers
+from edadm_cli.bench.contenders.registry import GROUP, peers, prepare_specs, require_peers
 from edadm_cli.bench.contenders.sdnq import Sdnq
 from edadm_cli.bench.contenders.torchao import TorchAo
 from edadm_cli.bench.participants import Participants
@@ -216,6 +216,14 @@ def test_another_package_adds_a_contender(tmp_path: Path, monkeypatch: pytest.Mo
     finally:
         peers.cache_clear()
         sys.modules.pop("outside_contender", None)
+
+
+def test_a_contender_that_prepares_something_else_is_named(context: Preparation) -> None:
+    contender: Any = SimpleNamespace(name="idle", prepare=lambda context: None)
+    with pytest.raises(MachineError, match=r"The contender 'idle' of the package types returned None, where a list of"):
+        prepare_specs(contender, context)
+    contender.prepare = lambda context: []
+    assert prepare_specs(contender, context) == []
 
 
 def replace_value(entry: importlib.metadata.EntryPoint) -> importlib.metadata.EntryPoint:

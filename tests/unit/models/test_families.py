@@ -91,6 +91,12 @@ def test_a_registered_family_decides_and_subclasses_belong_to_it(clean_registry:
     assert dict(block_kinds(denoiser)) == {"Linear": "attention"}
 
 
+def test_a_tuple_of_one_name_without_its_comma_is_refused() -> None:
+    """Else every class whose name is part of the text would belong to the family."""
+    with pytest.raises(TypeError, match=r"'denoisers' of the family 'toy' is the text 'ToyTransformer'"):
+        DenoiserFamily("toy", denoisers=("ToyTransformer"))  # type: ignore[arg-type]
+
+
 def test_without_blocks_there_is_no_middle_and_the_sentence_says_what_to_do() -> None:
     with pytest.raises(InputError, match="neither a mid-block nor a list of blocks") as caught:
         middle_module(nn.Sequential(nn.Linear(2, 2)))
