@@ -39,7 +39,7 @@ def quantize_network(
     Args:
         model: The denoiser in full precision.
         plan: Bits of every layer and attention.
-        code_bits: How many bits a code of so many bits takes where it is stored.
+        code_bits: Returns the bits that a code takes in memory and on disk, for its number of bits.
         device: The device of the quantized layers; by default that of the weights, which have to be in memory then.
 
     Raises:

@@ -39,7 +39,7 @@ def unpack(packed: Tensor, shape: torch.Size | tuple[int, ...], bits: int) -> Te
     words = sum((rows[..., place] << (8 * place) for place in range(1, bytes_per_group)), rows[..., 0])
     mask, half = (1 << bits) - 1, 1 << (bits - 1)
     codes = torch.stack([(words >> (bits * place)) & mask for place in range(in_group)], dim=-1).flatten(1)
-    signed = (codes.to(torch.int8) ^ half) - half  # two's complement of so many bits
+    signed = (codes.to(torch.int8) ^ half) - half  # two's complement of the codes' bits
     return signed[:, : math.prod(shape[1:])].reshape(shape).contiguous()
 
 
