@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from edadm_cli.artifacts import BuildSpec, CollectRecord, RunFolder, shared_keys
 from edadm_cli.collect.task import recalled
 from edadm_cli.config import CollectConfig
+from edadm_cli.models.pipeline_calls.output_size import require_both_sides
 from edadm_cli.models.pipeline_calls.prompts import read_prompts
+from edadm_cli.models.registry import known_models
 from edadm_cli.models.sources.locating import locate
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
@@ -65,10 +67,12 @@ def artifact_name(config: CollectConfig) -> None:
 def prepare(config: CollectConfig, processes: Processes) -> Task:
     """Loads the model and decides what the configuration leaves open.
 
-    A file that cannot be read and a model that does not exist are refused before anything large is imported or loaded.
+    A file that cannot be read, a model that does not exist and a height without a width are refused before anything
+    large is imported or loaded.
     """
     given = None if config.prompts is None else read_prompts(config.prompts)
-    location = locate(config.model)
+    location, entry = locate(config.model), known_models().get(config.model)
+    require_both_sides({**(entry.call_arguments if entry else {}), **config.sizes()})
     from edadm_cli.collect.building import load_task  # imports torch
 
     return load_task(config, processes, given, location)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edadm_cli.errors import UsageError
 
@@ -37,9 +37,18 @@ def with_sizes(model: LoadedModel, sizes: Mapping[str, int]) -> ModelEntry:
 def entry_with_sizes(entry: ModelEntry, sizes: Mapping[str, int]) -> ModelEntry:
     """Returns defaults with other sizes, which the pipeline's call takes; see `with_sizes`."""
     arguments = {**entry.call_arguments, **sizes}
+    require_both_sides(arguments)
+    return entry.model_copy(update={"call_arguments": arguments})
+
+
+def require_both_sides(arguments: Mapping[str, Any]) -> None:
+    """Refuses arguments of a pipeline's call with a height and no width, or the reverse.
+
+    Raises:
+        UsageError: One of them is missing.
+    """
     if len({"height", "width"} & arguments.keys()) == 1:
         raise UsageError("--height and --width are given together, and only one of them was.")
-    return entry.model_copy(update={"call_arguments": arguments})
 
 
 def picture_size(entry: ModelEntry) -> tuple[int, int] | None:

@@ -52,6 +52,7 @@ def test_nothing_heavy_is_imported_for_help(arguments: list[str]) -> None:
         (["reconstruct", "--bits", "w4", "--run", "nowhere"], 2),
         (["select", "--strategy", "nonsense", "--run", "nowhere"], 2),
         (["collect", "--model", "digit-sd", "--run", "nowhere"], 3),
+        (["collect", "--model", "digits-sd", "--height", "32", "--run", "nowhere"], 2),
         (["select", "--run", "nowhere"], 3),
         (["export", "--bits", "w4a8", "--run", "nowhere"], 3),
         (["evaluate", "--bits", "w4a8", "--run", "nowhere"], 3),
