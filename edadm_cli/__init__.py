@@ -26,3 +26,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LIBRARY:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     return getattr(import_module("edadm_cli.library"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LIBRARY})  # so that completion shows them before their first use

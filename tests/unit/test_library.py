@@ -29,3 +29,7 @@ def test_a_wrong_argument_of_quantize_is_named(arguments: dict[str, Any], proble
 def test_an_unknown_element_type_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no element type 'fp16'.*float32, bfloat16, float16"):
         edadm_cli.load(tmp_path, device="cpu", dtype="fp16")
+
+
+def test_completion_shows_what_the_package_offers() -> None:
+    assert set(edadm_cli.__all__) <= set(dir(edadm_cli))
