@@ -92,11 +92,11 @@ class Running:
         """Returns the peak memory in MiB while running (on CUDA of the first batch size), and while loading."""
         return self._running_peak or self._memory.peak_mib(), self._load_peak
 
-    def layers(self) -> list[LayerExecution]:
+    def layers(self) -> tuple[LayerExecution, ...]:
         """Returns how each layer runs; nothing for torch."""
         if not isinstance(self._function, CompiledDenoiser):
-            return []
-        return require_rows(self._function, "layers", self._function.layers, LayerExecution)
+            return ()
+        return tuple(require_rows(self._function, "layers", self._function.layers, LayerExecution))
 
     def profile(self, batch_size: int) -> list[OperationTime]:
         """Returns the time of each operation of one call; nothing for torch."""

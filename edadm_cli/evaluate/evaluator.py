@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, MachineError
 from edadm_cli.evaluate.features import FeatureSpace
 from edadm_cli.evaluate.images import SampledImages
 from edadm_cli.evaluate.real import RealImages
@@ -135,15 +135,17 @@ def _require_value(name: str, metric: Metric, value: object, num_images: int) ->
     Raises:
         MachineError: It returned something else.
     """
+
+    def wrong(expected: str) -> MachineError:
+        return wrong_result(f"The metric '{name}'", metric, value, expected)
+
     if not isinstance(value, Value):
-        expected = "a 'Value' of edadm_cli.metrics.base"
-    elif not isinstance(value.value, Real) or not isinstance(value.num_images, int):
-        expected = "a 'Value' with numbers in 'value' and 'num_images'"
-    elif metric.paired and len(value.per_image) != num_images:
-        expected = f"a 'Value' with {num_images} numbers in 'per_image'"
-    else:
-        return
-    raise wrong_result(f"The metric '{name}'", metric, value, expected)
+        raise wrong("a 'Value' of edadm_cli.metrics.base")
+    numbers: tuple[object, ...] = (value.value, value.num_images)
+    if not all(isinstance(number, Real) for number in numbers):
+        raise wrong("a 'Value' with numbers in 'value' and 'num_images'")
+    if metric.paired and len(value.per_image) != num_images:
+        raise wrong(f"a 'Value' with {num_images} numbers in 'per_image'")
 
 
 class EvaluationContext:
