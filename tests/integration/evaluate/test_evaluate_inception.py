@@ -90,8 +90,10 @@ def test_metrics_in_inception_features_from_a_file_of_weights(
     assert record.metrics["inception_score"].features == "inception-v3/logits"
     assert np.isfinite([metric.value for metric in record.metrics.values()]).all()
     Path(weights).write_bytes(b"changed")
-    with pytest.raises(InputError, match="tensors only"):
+    with pytest.raises(InputError, match="other settings"):
         stage.run(config, folder_run)
+    with pytest.raises(InputError, match="tensors only"):
+        stage.run(config, folder_run, force=True)
 
 
 def test_statistics_of_other_features_are_refused(folder_run: RunFolder, tmp_path: Path, inception_file: Path) -> None:
