@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.nearest import nearest_codes
-from edadm_cli.calibrate.ranges import input_quantizer, search_activation_ranges, search_weight_scales
+from edadm_cli.calibrate.ranges import search_activation_ranges, search_weight_scales
+from edadm_cli.calibrate.transforming import input_quantizer
 from edadm_cli.config import SensitivityConfig
 from edadm_cli.models.families import Call
 from edadm_cli.models.units import Trace
