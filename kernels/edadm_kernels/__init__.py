@@ -1,5 +1,6 @@
 """INT8 and W4A8 kernels for diffusion models, as torch operations of the namespace `edadm`."""
 
+from edadm_kernels.activated import geglu_pays, gelu_pays, linear_geglu_to_codes, linear_gelu_to_codes
 from edadm_kernels.attention import (
     attend,
     attend_pays,
@@ -41,6 +42,8 @@ __all__ = [
     "backend",
     "conv2d",
     "fuses_gelu",
+    "geglu_pays",
+    "gelu_pays",
     "group_norm",
     "group_norm_joins",
     "group_norm_pays",
@@ -52,7 +55,9 @@ __all__ = [
     "layer_norm_quantize",
     "linear",
     "linear_geglu",
+    "linear_geglu_to_codes",
     "linear_gelu",
+    "linear_gelu_to_codes",
     "linear_joined",
     "linear_stack",
     "linear_to_codes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import cast
@@ -10,6 +10,7 @@ from typing import cast
 import pytest
 import torch
 
+import edadm_kernels as kernels
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions
@@ -26,6 +27,7 @@ from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.random_models import initialize
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.quant.network import deploy
+from edadm_kernels import activated
 from tests.denoisers.families import FAMILIES, RECIPE, Call, quantized_denoiser
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -96,6 +98,42 @@ def test_torch_compile_alone_exchanges_attention_and_group_norms(mode: str) -> N
     names = [event.name for event in profiler.events()]
     assert any(name.startswith("attention") for name in names)
     assert any(name.startswith("group_") for name in names)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="the exchanges need 9.0"
+)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_torch_compile_alone_exchanges_feed_forward_layers(
+    family: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[bool] = []
+
+    def noted(pays: Callable[..., bool]) -> Callable[..., bool]:
+        def answer(*operands: torch.Tensor) -> bool:
+            answers.append(pays(*operands))
+            return answers[-1]
+
+        return answer
+
+    monkeypatch.setattr(activated, "MIN_ROWS", 1)
+    monkeypatch.setattr(kernels, "gelu_pays", noted(kernels.gelu_pays))
+    monkeypatch.setattr(kernels, "geglu_pays", noted(kernels.geglu_pays))
+    fields = {"block_out_channels": (16,)} if family == "unet" else {}
+    denoiser, call = quantized_denoiser(family, **fields)
+    args, kwargs = on_cuda(call)
+    exact = prediction_of(ReferenceEngine().compile(denoiser, args, kwargs, options(torch.float32))(*args, **kwargs))
+    model = placed_copy(denoiser, torch.device("cuda"), torch.float32)
+    deploy(model, KernelProduct())
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(3):  # the third is a graph's replay
+        actual = prediction_of(compiled(*args, **kwargs)).clone()
+    assert relative_l2(actual, exact) < BOUNDS[torch.float32]
+    modules = [module for module in model.modules() if type(module).__name__ == "FeedForward"]
+    assert len(answers) >= len(modules) > 0
+    assert all(answers)
 
 
 @pytest.mark.parametrize(

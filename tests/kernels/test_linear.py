@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,14 +14,16 @@ from edadm_kernels import (
     backend,
     linear,
     linear_geglu,
+    linear_geglu_to_codes,
     linear_gelu,
+    linear_gelu_to_codes,
     linear_to_codes,
     quantize,
     reference,
     uses_kernel,
 )
 from edadm_kernels.gemm_launch import launch_gemm
-from edadm_kernels.pack import linear_correction, pack_w4
+from edadm_kernels.pack import CODE_OFFSET, linear_correction, pack_geglu, pack_w4
 from edadm_kernels.reference.products import accumulate_linear
 from edadm_kernels.tiles import Tile
 from tests.kernels.operands import random, random_codes
@@ -164,6 +168,47 @@ def test_gelu_of_numbers_beyond_float16_is_within_one_code() -> None:
     actual, expected = linear_gelu(*arguments, *quantizer), reference.linear_gelu(*arguments, *quantizer)
     assert expected.unique().numel() > 3
     assert (actual.int() - expected.int()).abs().max() <= 1
+
+
+def inverse(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """A grid as a layer of a loaded export holds it."""
+    return scale.reciprocal(), zero_point.float() - CODE_OFFSET
+
+
+@pytest.mark.parametrize("compute", [linear_gelu_to_codes, reference.linear_gelu_to_codes])
+@pytest.mark.parametrize("num_bits", [8, 4])
+def test_gelu_on_the_grid_of_a_loaded_layer(compute: Callable[..., Tensor], num_bits: int) -> None:
+    layer = Layer(33, 40, 64)
+    arguments = (layer.x, layer.weight, layer.scale, layer.correction, layer.bias)
+    grid = (torch.tensor([0.02 if num_bits == 8 else 0.3]), torch.tensor([9], dtype=torch.int32))
+    actual, expected = (
+        compute(*arguments, *inverse(*grid), num_bits),
+        reference.linear_gelu(*arguments, *grid, num_bits),
+    )
+    assert expected.unique().numel() > 8
+    assert (actual.int() - expected.int()).abs().max() <= 1
+    assert int((actual != expected).sum()) <= 1
+
+
+@pytest.mark.parametrize("compute", [linear_geglu_to_codes, reference.linear_geglu_to_codes])
+def test_gated_rows_in_the_order_of_a_layer(compute: Callable[..., Tensor]) -> None:
+    layer = Layer(33, 40, 64)
+    grid = (torch.tensor([0.05]), torch.tensor([120], dtype=torch.int32))
+    vectors = (layer.scale, layer.correction, layer.bias)
+    actual = compute(layer.x, layer.weight, *vectors, *inverse(*grid))
+    alternating = [pack_geglu(values) for values in (layer.weight, *vectors)]
+    expected = reference.linear_geglu(layer.x, *alternating, *grid)
+    assert expected.unique().numel() > 8
+    assert (actual.int() - expected.int()).abs().max() <= 1
+    assert int((actual != expected).sum()) <= 1
+
+
+def test_a_row_of_gates_is_missing() -> None:
+    layer = Layer(4, 5, 64)
+    with pytest.raises(ValueError, match="found 5 rows"):
+        linear_geglu_to_codes(
+            layer.x, layer.weight, layer.scale, layer.correction, layer.bias, torch.ones(1), torch.zeros(1)
+        )
 
 
 def test_nothing_in_nothing_out() -> None:

@@ -17,6 +17,7 @@ from edadm_kernels import backend, operation, pack
 
 ROWS, TERMS, OUTPUTS = 5, 24, 6
 SCALE, ZERO_POINT = torch.tensor([0.03]), torch.tensor([7], dtype=torch.int32)
+INVERSE_GRID = (SCALE.reciprocal(), ZERO_POINT.float() - 128)
 EPILOGUE = (torch.full((OUTPUTS,), 0.01), torch.arange(OUTPUTS, dtype=torch.int32), torch.ones(OUTPUTS))
 
 
@@ -64,6 +65,8 @@ def cases() -> dict[str, tuple[Any, ...]]:
             torch.float16,
         ),
         "linear_geglu": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, SCALE, ZERO_POINT, 8),
+        "linear_gelu_to_codes": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, *INVERSE_GRID, 8),
+        "linear_geglu_to_codes": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, *INVERSE_GRID, 8),
         "conv2d": (
             pixels, weight, EPILOGUE[0], table, EPILOGUE[2], floats(2, OUTPUTS), image(2, OUTPUTS, 2, 2),
             2, (1, 0, 1, 0), False, torch.float16,

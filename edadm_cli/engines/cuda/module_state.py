@@ -10,8 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-_OFFLOADERS = ("_hf_hook", "_diffusers_hook")
-"""Attributes under which accelerate and diffusers hook a module."""
 _OF_TORCH = frozenset(nn.Module().__dict__)
 _END = object()
 
@@ -37,9 +35,7 @@ class ModuleState:
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
         self._addresses = self._current_addresses()
-        is_offloaded = any(name in module.__dict__ for module in modules for name in _OFFLOADERS)
-        is_compiled = any(isinstance(x, OptimizedModule) or x._compiled_call_impl is not None for x in modules)
-        self.is_special = is_offloaded or is_compiled or any(self._hooks)
+        self.is_special = any(map(_is_special, modules))
 
     def is_unchanged(self) -> bool:
         """Returns whether the network still is as it was."""
@@ -50,6 +46,23 @@ class ModuleState:
 
     def _current_addresses(self) -> list[int]:
         return [tensor.data_ptr() for tensors in self._tensors for tensor in tensors.values() if tensor is not None]
+
+
+def is_special(model: nn.Module) -> bool:
+    """Returns whether a module of a network is hooked, offloaded or compiled."""
+    return any(map(_is_special, model.modules()))
+
+
+def _is_special(module: nn.Module) -> bool:
+    attributes = module.__dict__
+    registry = attributes.get("_diffusers_hook")  # it stays when its hooks are gone, and some pipelines create it empty
+    return (
+        bool(module._forward_hooks or module._forward_pre_hooks)
+        or "_hf_hook" in attributes
+        or (registry is not None and bool(getattr(registry, "hooks", True)))
+        or isinstance(module, OptimizedModule)
+        or module._compiled_call_impl is not None
+    )
 
 
 def _views(module: nn.Module) -> Iterator[Iterable[Any]]:

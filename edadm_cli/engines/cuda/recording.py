@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from edadm_cli.engines.cuda.capture import GraphMemory, Recording, signature
-from edadm_cli.engines.cuda.module_state import ModuleState
+from edadm_cli.engines.cuda.module_state import ModuleState, is_special
 from edadm_cli.integrations.notices import say_once
 
 SWITCH = "EDADM_CUDA_GRAPHS"
 """The environment variable that turns this off if it is 0."""
 WARM_UP = 2
 """The number of calls of a shape before one is observed: kernels are compiled in them."""
+RECHECK = 8
+"""The number of calls of a shape with hooked, offloaded or compiled modules after which these are looked for again."""
 MAX_SHAPES = 8
 """The largest number of shapes that are followed; calls of further ones run as ever."""
 MIN_LAUNCH_SHARE = 0.8
@@ -55,10 +57,18 @@ def leave_unrecorded(model: nn.Module) -> None:
 
 @dataclass
 class _Shape:
-    """Calls with equal signatures: their number, whether they are left as they are, and their graph."""
+    """Calls with equal signatures.
+
+    Attributes:
+        calls: Their number.
+        is_left: Whether they are left as they are, for good.
+        is_special: Whether they are left as they are for as long as a module is hooked, offloaded or compiled.
+        recording: Their graph.
+    """
 
     calls: int = 0
     is_left: bool = False
+    is_special: bool = False
     recording: Recording | None = None
 
 
@@ -132,6 +142,10 @@ class RecordedForward:
             self.forget()
             return self._forward(*args, **kwargs)
         shape.calls += 1
+        if shape.is_special:
+            if shape.calls % RECHECK == 0 and not is_special(self.module):
+                shape.calls, shape.is_special = 0, False
+            return self._forward(*args, **kwargs)
         if shape.calls <= WARM_UP:
             return self._forward(*args, **kwargs)
         if shape.calls == WARM_UP + 1:
@@ -161,14 +175,15 @@ class RecordedForward:
         """Runs a call as ever, and decides whether calls of its shape are recorded."""
         state = ModuleState(self.module)
         outputs, waits = waits_for_launches(lambda: self._forward(*args, **kwargs), device_of(args, kwargs))
-        shape.is_left = not waits or state.is_special or not state.is_unchanged()
+        shape.is_special = state.is_special
+        shape.is_left = not state.is_special and not (waits and state.is_unchanged())
         return outputs
 
     def _record(self, shape: _Shape, leaves: list[Any], spec: Any) -> None:
         """Records the calls of a shape; if that fails, all calls run as ever from then on."""
         device, state = device_of(leaves), self._state or ModuleState(self.module)
         if state.is_special:  # since the call that was observed
-            shape.is_left = True
+            shape.is_special = True
             return
         self._state, self._memory = state, self._memory or GraphMemory()
         try:

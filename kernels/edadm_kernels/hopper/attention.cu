@@ -88,10 +88,7 @@ __device__ __forceinline__ u32 pair_of(float low, float high) {
 }
 
 __device__ __forceinline__ Quantizer quantizer_of(const Output& output) {
-    if (output.zero_point != nullptr) return Quantizer(__ldg(output.scale), __ldg(output.zero_point), output.quant_max);
-    Quantizer quantize(1.0f, static_cast<int>(__ldg(output.shift)) + 128, output.quant_max);
-    quantize.inverse = __ldg(output.scale);
-    return quantize;
+    return quantizer_of(output.scale, output.zero_point, output.shift, output.quant_max);
 }
 
 // Returns two neighboring numbers as powers of two; no score becomes infinite.

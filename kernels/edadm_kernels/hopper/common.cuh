@@ -118,6 +118,16 @@ struct Quantizer {
     }
 };
 
+// Returns the quantizer of a grid: a scale and the zero-point of unsigned codes or, if `zero_point` is null, the inverse of
+// a scale and the zero-point of signed codes, `shift`.
+__device__ __forceinline__ Quantizer quantizer_of(const float* scale, const int* zero_point, const float* shift,
+                                                  float quant_max) {
+    if (zero_point != nullptr) return Quantizer(__ldg(scale), __ldg(zero_point), quant_max);
+    Quantizer quantize(1.0f, static_cast<int>(__ldg(shift)) + 128, quant_max);
+    quantize.inverse = __ldg(scale);
+    return quantize;
+}
+
 // 0.5 g (1 + erf(g / sqrt 2)) = max(g, 0) - 0.5 |g| (1 - erf(|g| / sqrt 2)), after Abramowitz and Stegun 7.1.26: the
 // error function is off by at most 1.5e-7.
 __device__ __forceinline__ float gelu(float g) {

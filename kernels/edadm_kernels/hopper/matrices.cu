@@ -9,8 +9,9 @@
 //
 // These macros are defined: BM (128), BN, BK, STAGES, CLUSTER, BOX (columns that are written at once, 32 or 64),
 // BFLOATS (bfloat16 is written instead of float16), GEGLU (values and gates alternate, and the codes of gated values
-// are written) and RASTER (the number of rows of tiles that are computed one after another). Before this text is the
-// function `multiply`.
+// are written), GATES_LAST (they alternate in a tile, but in the right operand and in its constants all values come
+// before all gates) and RASTER (the number of rows of tiles that are computed one after another). Before this text is
+// the function `multiply`.
 
 constexpr int GROUPS = 2, THREADS = GROUPS * 128;
 constexpr int HALVES = BM / 64;                  // matrix instructions for the rows of a tile
@@ -22,13 +23,15 @@ constexpr int PART = BN / CLUSTER;               // columns that one block copie
 constexpr int CONSTANTS = 3 * BN;                // words per group: scales, corrections and biases of its columns
 static_assert(BM == HALVES * 64 && BN % BOX == 0 && (PART * BK) % 1024 == 0, "tile");
 static_assert(!GEGLU || BOX == 64, "a box of gated values has 32 bytes");
+static_assert(!GATES_LAST || (GEGLU && CLUSTER == 1), "gates");
 
 struct Columns {
     const float* scale;
     const int* correction;
     const float* bias;          // or null
     const float* out_scale;     // of the codes, or null if y is written in floating point
-    const int* out_zero_point;
+    const int* out_zero_point;  // of unsigned codes; if it is null, `out_scale` is the inverse of a scale
+    const float* out_shift;     // the zero-point of signed codes, if `out_zero_point` is null
     float quant_max;
     int outputs, tiles;
 };
@@ -49,6 +52,15 @@ __device__ __forceinline__ void copy_rows(u32 target, const TensorMap* map, u32 
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
             target),
         "l"(map), "r"(barrier), "r"(c), "r"(row)
+        : "memory");
+}
+
+// Copies the rows of values from `pair` on, and between them the rows of their gates.
+__device__ __forceinline__ void copy_pairs(u32 target, const TensorMap* map, u32 barrier, int c, int pair) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(c), "r"(0), "r"(pair)
         : "memory");
 }
 
@@ -75,6 +87,11 @@ __device__ __forceinline__ void arrive_at(u32 peer_barrier) {
 // Starts a copy of 16 bytes into shared memory, or of zeros if `bytes` is 0.
 __device__ __forceinline__ void copy_words(u32 target, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(bytes) : "memory");
+}
+
+// Starts a copy of 4 bytes into shared memory, or of zeros if `bytes` is 0.
+__device__ __forceinline__ void copy_word(u32 target, const void* from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(from), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void sync_group(int group) {
@@ -108,13 +125,19 @@ struct Tile {
 
 // Starts the copies of the constants of a tile's columns into shared memory.
 __device__ __forceinline__ void copy_constants(u32 target, const Columns& from, int column, int thread) {
-    for (int i = thread; i < CONSTANTS / 4; i += 128) {
-        const int kind = i / (BN / 4), at = column + i % (BN / 4) * 4;
+    constexpr int WORDS = GATES_LAST ? 1 : 4;  // neighbors in memory
+    for (int i = thread; i < CONSTANTS / WORDS; i += 128) {
+        const int kind = i / (BN / WORDS), at = column + i % (BN / WORDS) * WORDS;
         const void* const source = kind == 0 ? static_cast<const void*>(from.scale)
                                    : kind == 1 ? static_cast<const void*>(from.correction)
                                                : static_cast<const void*>(from.bias);
         const bool exists = source != nullptr && at < from.outputs;
+#if GATES_LAST
+        const int place = at / 2 + at % 2 * (from.outputs / 2);
+        copy_word(target + 4 * i, exists ? static_cast<const float*>(source) + place : from.scale, exists ? 4 : 0);
+#else
         copy_words(target + 16 * i, exists ? static_cast<const float*>(source) + at : from.scale, exists ? 16 : 0);
+#endif
     }
 }
 
@@ -229,6 +252,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                     const u32 to = b_at + stage * B_BYTES + rank * (PART * BK);
                     if (CLUSTER > 1)
                         copy_rows_to_all(to, w_map, ready, step * BK, tile.column + rank * PART);
+                    else if (GATES_LAST)
+                        copy_pairs(to, w_map, ready, step * BK, tile.column / 2);
                     else
                         copy_rows(to, w_map, ready, step * BK, tile.column);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -283,8 +308,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         }
         if (lane == 0) barrier_arrive(turns + 8 * (1 - group));
         const bool as_codes = columns.out_scale != nullptr;
-        const Quantizer quantize(as_codes ? __ldg(columns.out_scale) : 1.0f,
-                                 as_codes ? __ldg(columns.out_zero_point) : 0, columns.quant_max);
+        const Quantizer quantize = as_codes ? quantizer_of(columns.out_scale, columns.out_zero_point,
+                                                           columns.out_shift, columns.quant_max)
+                                            : Quantizer(1.0f, 0, 0.0f);
         asm volatile("cp.async.wait_all;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         if (lane < CLUSTER) {

@@ -14,11 +14,9 @@ from torch import Tensor
 from edadm_kernels.hopper import product
 from edadm_kernels.hopper.driver import launch, tensor_map
 from edadm_kernels.hopper.instruction import wgmma
-from edadm_kernels.hopper.product import Shape
+from edadm_kernels.hopper.product import Grid, Shape, grid_pointers, paired_rows
 from edadm_kernels.tiles import Kind
 
-Gelu = tuple[Tensor, Tensor, int]
-"""Scale, zero-point and largest unsigned code of an output that is activated and quantized."""
 MOST_MEMBERS = 4
 """The largest number of right operands (members) per launch."""
 MOST_CHANNELS = 128
@@ -50,6 +48,7 @@ class MatrixTile:
         raster: Number of rows of tiles that are computed one after another, so that they share operands in the L2.
         bfloats: Whether the output is bfloat16 instead of float16.
         geglu: Whether values and gates alternate in the columns, and the output is codes of half as many columns.
+        gates_last: Whether the gates of a right operand follow all values, in place of alternating rows.
     """
 
     bn: int
@@ -59,6 +58,7 @@ class MatrixTile:
     raster: int = 8
     bfloats: bool = False
     geglu: bool = False
+    gates_last: bool = False
 
     source = "matrices.cu"
     name = "matrices"
@@ -87,6 +87,7 @@ class MatrixTile:
             "BOX": self.box,
             "BFLOATS": int(self.bfloats),
             "GEGLU": int(self.geglu),
+            "GATES_LAST": int(self.gates_last),
         }
 
     def prelude(self) -> str:
@@ -95,7 +96,7 @@ class MatrixTile:
 
     def label(self) -> str:
         """Returns the name of the tile for tables."""
-        form = "-gated" if self.geglu else ""
+        form = "-gated" * self.geglu + "-gates-last" * self.gates_last
         return f"matrices-{_ROWS}x{self.bn}x{self.bk}-cluster{self.cluster}{form}{'-bf16' if self.bfloats else ''}"
 
 
@@ -111,7 +112,10 @@ GATED = MatrixTile(128, 128, stages=6, cluster=1, geglu=True)
 
 class _Columns(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("scale", "correction", "bias", "out_scale", "out_zero_point")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("scale", "correction", "bias", "out_scale", "out_zero_point", "out_shift")
+        ),
         ("quant_max", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("outputs", "tiles")),
     )
@@ -194,7 +198,7 @@ def launch_matrices(
     corrections: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     outs: Sequence[Tensor],
-    gelus: Sequence[Gelu | None] = (),
+    gelus: Sequence[Grid | None] = (),
     more: Tensor | None = None,
 ) -> None:
     """Fills `outs` with the products of `x` and each of `weights`.
@@ -209,7 +213,7 @@ def launch_matrices(
         corrections: int32 `[N]`.
         biases: float32 `[N]`.
         outs: float16 or bfloat16 `[M, N]`, or int8 for a member with a quantizer; rows may have any stride.
-        gelus: Quantizer of each member that is activated and written as codes; by default there are none. The only
+        gelus: The grid of each member that is activated and written as codes; by default there are none. The only
             member of a gated tile has one, and an output of half as many columns.
         more: Codes of the columns that follow those of `x`; `x` then has a multiple of `tile.bk` columns.
     """
@@ -229,12 +233,16 @@ def launch_matrices(
         columns.scale, columns.correction = scales[place].data_ptr(), corrections[place].data_ptr()
         columns.bias = None if bias is None else bias.data_ptr()
         if gelu is not None:
-            columns.out_scale, columns.out_zero_point = gelu[0].data_ptr(), gelu[1].data_ptr()
+            columns.out_scale, columns.out_zero_point, columns.out_shift = grid_pointers(gelu)
             columns.quant_max = float(gelu[2])
         columns.outputs, columns.tiles = weight.shape[0], -(-weight.shape[0] // tile.bn)
         problem.column_tiles += columns.tiles
         part = (tile.bk, tile.bn // tile.cluster)
-        w_maps.append(tensor_map(weight.data_ptr(), (products, weight.shape[0]), part, tile.bk))
+        w_maps.append(
+            paired_rows(weight, part)
+            if tile.gates_last
+            else tensor_map(weight.data_ptr(), (products, weight.shape[0]), part, tile.bk)
+        )
         y_maps.append(_output_map(out, box_bytes * out.itemsize))
     unused = [w_maps[0]] * (MOST_MEMBERS - len(w_maps)), [y_maps[0]] * (MOST_MEMBERS - len(y_maps))
     x_maps = [
@@ -254,5 +262,6 @@ def _output_map(out: Tensor, box_bytes: int) -> Any:
 
 
 def variants() -> list[MatrixTile]:
-    """Lists every tile in both element types, and the gated one."""
-    return [*(replace(tile, bfloats=bfloats) for tile in TILES for bfloats in (False, True)), GATED]
+    """Lists every tile in both element types, and the gated one for both orders of gates."""
+    plain = (replace(tile, bfloats=bfloats) for tile in TILES for bfloats in (False, True))
+    return [*plain, GATED, replace(GATED, gates_last=True)]

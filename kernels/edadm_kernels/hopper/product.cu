@@ -11,10 +11,12 @@
 // The SPLIT blocks of a cluster share a sum: each stores its part in its shared memory, and then each adds and finishes
 // BM / SPLIT of the rows.
 //
-// These macros are defined: BM, BN, BK, STAGES, SPLIT, GEGLU, CODES (of the float16 that would be written), FLOATS or
-// BFLOATS (float32 or bfloat16 is written and nothing is added to it), CONV (a convolution instead of a matrix product),
-// UPSAMPLE, CONSUMERS (groups of four warps that multiply) and BLOCKS (per multiprocessor). Before this text is the
-// function `multiply`, one wgmma instruction of BN columns.
+// These macros are defined: BM, BN, BK, STAGES, SPLIT, GEGLU (values and gates alternate, and the codes of gated values
+// are written), GATES_LAST (they alternate in a tile, but in the weights and in their constants all values come before
+// all gates), CODES (of the float16 that would be written), FLOATS or BFLOATS (float32 or bfloat16 is written and nothing
+// is added to it), CONV (a convolution instead of a matrix product), UPSAMPLE, CONSUMERS (groups of four warps that
+// multiply) and BLOCKS (per multiprocessor). Before this text is the function `multiply`, one wgmma instruction of BN
+// columns.
 
 constexpr int THREADS = CONSUMERS * 128;          // threads that multiply
 constexpr int TILES = BM / (64 * CONSUMERS);      // instructions of 64 rows per group
@@ -24,6 +26,7 @@ constexpr int PITCH = BN + 8;                     // integers between rows of th
 constexpr u64 SWIZZLE = BK == 128 ? 1 : 2;        // code of a swizzle of 128 or 64 bytes
 static_assert(BM % (64 * CONSUMERS) == 0 && BN % 16 == 0 && BM % SPLIT == 0, "tile");
 static_assert(BM * PITCH * 4 <= STAGES * (A_BYTES + B_BYTES), "the sums replace the operands in shared memory");
+static_assert(!GATES_LAST || (GEGLU && !CONV), "gates");
 
 struct Problem {
     const float* scale;       // [outputs]
@@ -31,8 +34,9 @@ struct Problem {
     const float* bias;        // [outputs] or null
     const u16* sample_bias;   // half [samples, outputs] or null
     const u16* residual;      // half [samples, height, width, outputs] or null
-    const float* out_scale;   // of the codes that are written
+    const float* out_scale;   // of the codes that are written; its inverse if `out_zero_point` is null
     const int* out_zero_point;
+    const float* out_shift;   // the zero-point of signed codes, if `out_zero_point` is null
     void* out;                // [pixels, outputs] float16, float32, bfloat16 or codes; gated, codes [pixels, outputs / 2]
     int samples, height, width, channels, outputs;  // height and width of the output
     int seen_height, seen_width;                    // of the input after it is enlarged
@@ -80,6 +84,20 @@ template <typename T>
 __device__ __forceinline__ void load_eight(T (&to)[8], const T* from) {
     *reinterpret_cast<uint4*>(to) = __ldg(reinterpret_cast<const uint4*>(from));
     *reinterpret_cast<uint4*>(to + 4) = __ldg(reinterpret_cast<const uint4*>(from) + 1);
+}
+
+// Loads the constants of eight columns, of which `column` is the first.
+template <typename T>
+__device__ __forceinline__ void load_columns(T (&to)[8], const T* from, int column, int outputs) {
+#if GATES_LAST
+    T values[4], gates[4];
+    *reinterpret_cast<uint4*>(values) = __ldg(reinterpret_cast<const uint4*>(from + column / 2));
+    *reinterpret_cast<uint4*>(gates) = __ldg(reinterpret_cast<const uint4*>(from + (outputs + column) / 2));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[2 * i] = values[i], to[2 * i + 1] = gates[i];
+#else
+    load_eight(to, from + column);
+#endif
 }
 
 __device__ __forceinline__ void add_halves(float (&y)[8], uint4 halves) {
@@ -140,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
         if (threadIdx.x % 32 == 0) {
             // Weights are fetched into the L2 while the previous kernel still runs; one block per weights is enough.
             for (int step = begin; tile.leads && step < min(begin + STAGES, end); ++step)
-                prefetch_weights(&w_map, step / taps * BK, step % taps, tile.first_output);
+                prefetch_weights(&w_map, step / taps * BK, step % taps, tile.first_output >> GATES_LAST);
             await_previous();
             int stage = 0, phase = 1;
             for (int step = begin; step < end; ++step) {
@@ -159,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
                 copy_box(to, &x_map, ready, c, tile.first_w * p.stride + dw - p.left,
                          tile.first_h * p.stride + dh - p.top, tile.first_n);
 #endif
-                copy_weights(b_at + stage * B_BYTES, &w_map, ready, c, tap, tile.first_output);
+                copy_weights(b_at + stage * B_BYTES, &w_map, ready, c, tap, tile.first_output >> GATES_LAST);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
         }
@@ -222,9 +240,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
     uint4 residual[TURNS];
     const auto fetch = [&]() {
         if (!active) return;
-        load_eight(correction, p.correction + output);
-        load_eight(scale, p.scale + output);
-        if (p.bias) load_eight(bias, p.bias + output);
+        load_columns(correction, p.correction, output, p.outputs);
+        load_columns(scale, p.scale, output, p.outputs);
+        if (p.bias) load_columns(bias, p.bias, output, p.outputs);
         if (p.residual)
 #pragma unroll
             for (int turn = 0; turn < TURNS; ++turn) {
@@ -260,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
 
     if (active) {
 #if GEGLU || CODES
-        const Quantizer quantize(__ldg(p.out_scale), __ldg(p.out_zero_point), p.quant_max);
+        const Quantizer quantize = quantizer_of(p.out_scale, p.out_zero_point, p.out_shift, p.quant_max);
 #endif
 #pragma unroll
         for (int turn = 0; turn < TURNS; ++turn) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +44,21 @@ _FILL = 1975.0  # clocks until the first step
 _JOIN, _JOIN_PART = 2233.0, 1816.0  # clocks of adding up a split sum, and for each part
 
 
+Grid = tuple[Tensor, Tensor, int]
+"""The grid of an output's codes: the scale, the zero-point of unsigned codes (int32), and the largest unsigned code.
+
+Or, as a layer of a loaded export has it: the inverse of the scale, the zero-point of signed codes (float32), and the
+largest unsigned code.
+"""
+
+
 class _Problem(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "scale", "correction", "bias", "sample_bias", "residual", "out_scale", "out_zero_point", "out"
+                "scale", "correction", "bias", "sample_bias", "residual", "out_scale", "out_zero_point", "out_shift",
+                "out",
             )
         ),
         *(
@@ -142,6 +152,14 @@ def takes(
     )
 
 
+def grid_pointers(grid: Grid | None) -> tuple[int | None, int | None, int | None]:
+    """Returns the addresses of the scale, of an int32 zero-point and of a float32 one, of which only one exists."""
+    if grid is None:
+        return None, None, None
+    scale, zero_point = grid[0].data_ptr(), grid[1].data_ptr()
+    return (scale, None, zero_point) if grid[1].is_floating_point() else (scale, zero_point, None)
+
+
 def variants() -> list[ProductTile]:
     """Lists every tile for every kind of product, whole and split."""
     listed = []
@@ -150,7 +168,8 @@ def variants() -> list[ProductTile]:
         listed += [replace(tile, split=split, **form) for form in forms for split in SPLITS]
         listed += [replace(tile, floats=True, **form) for form in forms]
         listed += [replace(tile, bfloats=True), replace(tile, codes=True)]
-        listed += [replace(tile, geglu=True)] if _suits(tile, "geglu") else []
+        if _suits(tile, "geglu"):
+            listed += [replace(tile, geglu=True), replace(tile, geglu=True, gates_last=True)]
     return listed
 
 
@@ -207,7 +226,7 @@ def launch_product(
     sample_bias: Tensor | None,
     residual: Tensor | None,
     shape: Shape,
-    grid: tuple[Tensor, Tensor, int] | None = None,
+    grid: Grid | None = None,
 ) -> None:
     """Fills `out` with a convolution or a matrix product; the arguments are those of `conv2d`.
 
@@ -223,7 +242,7 @@ def launch_product(
         sample_bias: float16 `[samples, O]`.
         residual: float16, in the shape of `out`.
         shape: The shape of the product.
-        grid: Scale, zero-point and largest unsigned code of the output, if codes are written.
+        grid: The grid of the output, if codes are written.
     """
     if grid is not None and not tile.geglu:
         tile = replace(tile, codes=True)
@@ -241,14 +260,30 @@ def launch_product(
         tile.bk,
         (1, step, step, 1),
     )
-    w_map = tensor_map(weight.data_ptr(), (shape.channels, taps, outputs), (tile.bk, 1, tile.bn), tile.bk)
+    w_map = (
+        paired_rows(weight, (tile.bk, tile.bn))
+        if tile.gates_last
+        else tensor_map(weight.data_ptr(), (shape.channels, taps, outputs), (tile.bk, 1, tile.bn), tile.bk)
+    )
     top, bottom, left, right = shape.padding
     grown = 2 if shape.upsample else 1
-    out_scale, out_zero_point, quant_max = grid or (None, None, 0)
-    pointers = (scale, correction, bias, sample_bias, residual, out_scale, out_zero_point, out)
+    pointers = (scale, correction, bias, sample_bias, residual)
     problem = _Problem(
         *(None if pointer is None else pointer.data_ptr() for pointer in pointers),
+        *grid_pointers(grid), out.data_ptr(),
         samples, height, width, shape.channels, outputs, shape.source[0] * grown, shape.source[1] * grown,
-        *shape.kernel, step, top, left, bottom, right, columns, rows, float(quant_max),
+        *shape.kernel, step, top, left, bottom, right, columns, rows, 0.0 if grid is None else float(grid[2]),
     )  # fmt: skip
     launch(tile, number * -(-outputs // tile.bn) * tile.split, [x_map, w_map, problem], x.device.index or 0)
+
+
+def paired_rows(weight: Tensor, part: tuple[int, int]) -> Any:
+    """Returns the tensor map of weights `[2 F, K]`, whose copies alternate rows of values and rows of their gates.
+
+    Args:
+        weight: Codes, int8; all values come before all gates.
+        part: Channels and rows of one copy.
+    """
+    pairs, channels = weight.shape[0] // 2, weight.shape[1]
+    strides = (pairs * channels, channels)
+    return tensor_map(weight.data_ptr(), (channels, 2, pairs), (part[0], 2, part[1] // 2), part[0], strides=strides)

@@ -57,6 +57,7 @@ class ProductTile:
         groups: Number of groups of four warps that multiply.
         blocks: Blocks per multiprocessor.
         geglu: Whether the output is gated and written as codes.
+        gates_last: Whether a gated product reads weights whose gates follow all values, in place of alternating rows.
         codes: Whether the codes of the float16 output are written in its place.
         convolution: Whether it is a convolution, with pixels in boxes and taps outside the image, or a matrix product.
         upsample: Whether the image is first enlarged by a factor of two with nearest neighbour.
@@ -72,6 +73,7 @@ class ProductTile:
     groups: int = 2
     blocks: int = 1
     geglu: bool = False
+    gates_last: bool = False
     codes: bool = False
     convolution: bool = False
     upsample: bool = False
@@ -107,6 +109,7 @@ class ProductTile:
             "CONSUMERS": self.groups,
             "BLOCKS": self.blocks,
             "GEGLU": int(self.geglu),
+            "GATES_LAST": int(self.gates_last),
             "CODES": int(self.codes),
             "CONV": int(self.convolution),
             "UPSAMPLE": int(self.upsample),
@@ -123,7 +126,8 @@ class ProductTile:
         kind = "geglu" if self.geglu else "upsample" if self.upsample else "conv" if self.convolution else "linear"
         extras = f"-x{self.blocks}" if self.blocks > 1 else ""
         extras += (
-            "-codes" * self.codes
+            "-gates-last" * self.gates_last
+            + "-codes" * self.codes
             + ("-f32" if self.floats else "-bf16" if self.bfloats else "")
             + (f"-split{self.split}" if self.split > 1 else "")
         )

@@ -100,7 +100,7 @@ def group_norm_to_codes(
 ) -> Tensor:
     """Computes `edadm_kernels.group_norm_to_codes`; everything before the codes is float64."""
     y = _group_norm(x, weight, bias, num_groups, eps, silu, more)
-    return _signed_codes(y.float(), inverse_scale, code_shift, num_bits)
+    return signed_codes(y.float(), inverse_scale, code_shift, num_bits)
 
 
 def _group_norm(
@@ -143,10 +143,10 @@ def modulated_norm_quantize(
     """Computes `edadm_kernels.modulated_norm_quantize`; everything before the codes is float64."""
     y = torch.nn.functional.layer_norm(x.double(), x.shape[-1:], eps=eps)
     y = y * (1 + scale.double()[:, None]) + shift.double()[:, None]
-    return _signed_codes(y.float(), inverse_scale, code_shift, num_bits)
+    return signed_codes(y.float(), inverse_scale, code_shift, num_bits)
 
 
-def _signed_codes(y: Tensor, inverse_scale: Tensor, code_shift: Tensor, num_bits: int) -> Tensor:
+def signed_codes(y: Tensor, inverse_scale: Tensor, code_shift: Tensor, num_bits: int) -> Tensor:
     """Returns the codes of `y`, float32, for a quantizer as a layer of a loaded export holds it."""
     codes = torch.round(y * inverse_scale) + code_shift
     return codes.clamp(-CODE_OFFSET, (1 << num_bits) - 1 - CODE_OFFSET).to(torch.int8)

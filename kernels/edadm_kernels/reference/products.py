@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edadm_kernels.pack import Padding, border_classes, unpack_w4
-from edadm_kernels.reference.norms import quantize
+from edadm_kernels.reference.norms import quantize, signed_codes
 
 
 def accumulate_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -129,6 +129,36 @@ def linear_gelu(
     """Computes `edadm_kernels.linear_gelu`; the activation is float64."""
     y = linear(x, weight, scale, correction, bias, out_dtype=torch.float32).double()
     return quantize(F.gelu(y, approximate="tanh"), out_scale, out_zero_point, num_bits)
+
+
+def linear_gelu_to_codes(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    inverse_scale: Tensor,
+    code_shift: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """Computes `edadm_kernels.linear_gelu_to_codes`; the activation is float64."""
+    y = linear(x, weight, scale, correction, bias, out_dtype=torch.float32).double()
+    return signed_codes(F.gelu(y, approximate="tanh").float(), inverse_scale, code_shift, num_bits)
+
+
+def linear_geglu_to_codes(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    inverse_scale: Tensor,
+    code_shift: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """Computes `edadm_kernels.linear_geglu_to_codes`; the activation is float64."""
+    value, gate = linear(x, weight, scale, correction, bias, out_dtype=torch.float32).double().chunk(2, dim=1)
+    return signed_codes((value * F.gelu(gate)).float(), inverse_scale, code_shift, num_bits)
 
 
 def conv2d(

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edadm_cli.engines.cuda import recording
 from edadm_cli.engines.cuda.compiled.plain import build_plain
-from edadm_cli.engines.cuda.recording import MAX_SHAPES, SWITCH, WARM_UP, RecordedForward
+from edadm_cli.engines.cuda.recording import MAX_SHAPES, RECHECK, SWITCH, WARM_UP, RecordedForward
 from edadm_cli.integrations import deployment
 from tests.denoisers.families import quantized_denoiser
 
@@ -200,6 +200,54 @@ def test_modules_that_are_hooked_after_a_call_was_observed_are_not_recorded(
     assert not made
 
 
+class Forwarding(DiffusersHook):
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Calls what the hook replaces."""
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def hook_for_a_while(model: Denoiser) -> Callable[[], None]:
+    return model.layer.register_forward_hook(lambda module, args, output: output + 1).remove
+
+
+def offload_for_a_while(model: Denoiser) -> Callable[[], None]:
+    add_hook_to_module(model.layer, ModelHook())
+    return lambda: remove_hook_from_module(model.layer)  # type: ignore[return-value]
+
+
+def cache_for_a_while(model: Denoiser) -> Callable[[], None]:
+    registry = HookRegistry.check_if_exists_or_initialize(model.layer)
+    registry.register_hook(Forwarding(), "forwarding")
+    return lambda: registry.remove_hook("forwarding")
+
+
+@pytest.mark.parametrize("calls_before", [0, WARM_UP + 1, WARM_UP + 3])
+@pytest.mark.parametrize("change", [hook_for_a_while, offload_for_a_while, cache_for_a_while])
+def test_calls_are_recorded_when_hooks_are_gone(
+    change: Callable[[Denoiser], Callable[[], None]], calls_before: int, made: list[Recorded]
+) -> None:
+    model = recorded()
+    if calls_before:
+        call(model, calls_before)
+    made.clear()
+    remove = change(model)
+    assert torch.equal(call(model, 2 * RECHECK), expected(model))
+    assert not made
+    remove()
+    assert torch.equal(call(model, RECHECK + WARM_UP + 3), expected(model))
+    assert len(made) == 1
+    runs = model.runs.number
+    call(model)
+    assert model.runs.number == runs, "replays run no Python"
+
+
+def test_an_empty_registry_of_hooks_is_no_hook(made: list[Recorded]) -> None:
+    model = recorded()
+    HookRegistry.check_if_exists_or_initialize(model)  # as pipelines do that name their calls for step caches
+    call(model)
+    assert made
+
+
 @pytest.mark.parametrize(
     "context", [torch.enable_grad, torch.profiler.profile, Mode, lambda: torch.autocast("cpu", torch.bfloat16)]
 )
@@ -356,12 +404,6 @@ def test_moving_a_loaded_denoiser_frees_its_graphs(made: list[Recorded]) -> None
     assert len(made) == 1
     denoiser.to("cpu")
     assert not denoiser.forward._shapes  # type: ignore[union-attr]
-
-
-class Forwarding(DiffusersHook):
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Calls what the hook replaces."""
-        return self.fn_ref.original_forward(*args, **kwargs)
 
 
 def test_hooks_of_accelerate_and_diffusers_wrap_a_recorded_denoiser(made: list[Recorded]) -> None:

@@ -6,6 +6,7 @@ from torch import fx
 
 from edadm_cli.engines.base import AttentionForm
 from edadm_cli.engines.cuda.graph_passes.attention_graph import replace_attention
+from edadm_cli.engines.cuda.graph_passes.feed_forward_graph import replace_feed_forwards
 from edadm_cli.engines.cuda.graph_passes.group_norm_graph import replace_group_norms
 from edadm_cli.engines.cuda.graph_passes.norm_graph import replace_norms
 
@@ -17,4 +18,5 @@ def exchange(graph: fx.Graph, form: AttentionForm = "float") -> int:
         graph: The graph.
         form: The form of attention that is preferred.
     """
-    return replace_attention(graph, form) + replace_norms(graph) + replace_group_norms(graph)
+    replaced = replace_attention(graph, form) + replace_norms(graph) + replace_group_norms(graph)
+    return replaced + replace_feed_forwards(graph)

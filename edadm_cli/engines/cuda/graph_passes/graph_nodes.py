@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 _FUNCTIONS = {
     F.dropout,
+    F.gelu,
     F.group_norm,
     F.layer_norm,
     F.scaled_dot_product_attention,
@@ -21,9 +22,22 @@ _FUNCTIONS = {
     operator.truediv,
     torch.cat,
     torch.ops.edadm.conv2d.default,
+    torch.ops.edadm.linear.default,
     torch.round,
 }
-_METHODS = {"clamp", "contiguous", "expand", "flatten", "float", "permute", "reshape", "to", "transpose", "view"}
+_METHODS = {
+    "chunk",
+    "clamp",
+    "contiguous",
+    "expand",
+    "flatten",
+    "float",
+    "permute",
+    "reshape",
+    "to",
+    "transpose",
+    "view",
+}
 
 
 def value_of(node: object) -> Tensor | None:

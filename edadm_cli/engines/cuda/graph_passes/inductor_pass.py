@@ -13,8 +13,8 @@ from edadm_cli.engines.cuda.graph_passes.graph_exchange import exchange
 from edadm_cli.version import __version__
 
 _SOURCES = (
-    *("attention_graph.py", "code_chains.py", "graph_exchange.py", "graph_nodes.py", "inductor_pass.py"),
-    *("group_norm_graph.py", "norm_graph.py"),
+    *("attention_graph.py", "code_chains.py", "feed_forward_graph.py", "graph_exchange.py", "graph_nodes.py"),
+    *("group_norm_graph.py", "inductor_pass.py", "norm_graph.py"),
 )
 
 
