@@ -1,6 +1,7 @@
 """INT8 and W4A8 kernels for diffusion models, as torch operations of the namespace `edadm`."""
 
 from edadm_kernels.activated import geglu_pays, gelu_pays, linear_geglu_to_codes, linear_gelu_to_codes
+from edadm_kernels.added import added_pays, linear_added
 from edadm_kernels.attention import (
     attend,
     attend_pays,
@@ -30,6 +31,7 @@ from edadm_kernels.product_checks import MAX_TERMS
 __all__ = [
     "MAX_KERNEL",
     "MAX_TERMS",
+    "added_pays",
     "attend",
     "attend_int8",
     "attend_int8_takes",
@@ -54,6 +56,7 @@ __all__ = [
     "join_heads_takes",
     "layer_norm_quantize",
     "linear",
+    "linear_added",
     "linear_geglu",
     "linear_geglu_to_codes",
     "linear_gelu",

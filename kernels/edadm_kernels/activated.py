@@ -15,7 +15,7 @@ from edadm_kernels.checks import check_bits, check_device, check_numbers
 from edadm_kernels.gemm import check_matrices, fill_linear
 from edadm_kernels.hopper import matrices, product
 from edadm_kernels.operation import operation
-from edadm_kernels.product_checks import check_output
+from edadm_kernels.product_checks import check_output, on_meta
 from edadm_kernels.reference.norms import signed_codes
 
 __all__ = ["geglu_pays", "gelu_pays", "linear_geglu_to_codes", "linear_gelu_to_codes"]
@@ -138,7 +138,8 @@ def gelu_pays(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias
 
     The arguments are those of the operation; they may be tensors without elements, as torch has them while it traces.
     """
-    return _pays(x) and _takes_large(*_shapes(x, weight, scale, correction, bias)) and weight.shape[0] % 16 == 0
+    operands = [None if tensor is None else on_meta(tensor) for tensor in (x, weight, scale, correction, bias)]
+    return _pays(x) and weight.shape[0] % 16 == 0 and _takes_large(*operands)  # type: ignore[arg-type]
 
 
 def geglu_pays(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None) -> bool:
@@ -148,20 +149,12 @@ def geglu_pays(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bia
     """
     if not _pays(x) or weight.shape[0] % 2:
         return False
-    operands = _shapes(x, weight, scale, correction, bias)
-    return product.takes(*operands, out=operands[0])
+    operands = [None if tensor is None else on_meta(tensor) for tensor in (x, weight, scale, correction, bias)]
+    return product.takes(*operands, out=on_meta(x))  # type: ignore[arg-type]
 
 
 def _pays(x: Tensor) -> bool:
     return uses_hopper(x) and x.shape[0] >= MIN_ROWS
-
-
-def _shapes(
-    x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns tensors of the same shapes and types on the meta device, where every address is aligned."""
-    meta = [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (x, weight, scale, correction)]
-    return meta[0], meta[1], meta[2], meta[3], None if bias is None else torch.empty_like(bias, device="meta")
 
 
 def _takes_large(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from edadm_kernels.checks import check_device, check_output_grid
 from edadm_kernels.gemm import check_matrices, fill_linear, linear, linear_gelu
 from edadm_kernels.hopper import few_rows, matrices
 from edadm_kernels.operation import operation
-from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
+from edadm_kernels.product_checks import check_codes, check_epilogue, check_output, side_by_side
 
 __all__ = ["linear_joined", "linear_stack", "linears", "linears_gelu"]
 
@@ -141,16 +141,8 @@ def _empty_joined(
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     """Checks the arguments of `linear_joined` and returns an empty output."""
-    if x.ndim != 2 or more.ndim != 2 or len(x) != len(more) or not (x.is_contiguous() and more.is_contiguous()):
-        raise ValueError(
-            f"contiguous codes [M, K] and [M, L] are expected, found {tuple(x.shape)} with strides {x.stride()} and "
-            f"{tuple(more.shape)} with strides {more.stride()}"
-        )
-    if more.dtype != torch.int8:
-        raise TypeError(f"int8 codes are expected, found {more.dtype}")
     check_device(x, more)
-    joined = x.new_empty((len(x), x.shape[1] + more.shape[1]))
-    check_matrices(joined, weight, scale, correction, bias)
+    check_matrices(side_by_side(x, more), weight, scale, correction, bias)
     out = x.new_empty((len(x), weight.shape[0]), dtype=out_dtype)
     check_output(out_dtype, x, weight, out)
     return out

@@ -67,6 +67,23 @@ def check_epilogue(
         raise ValueError("contiguous scale, correction and bias are expected; call .contiguous() on them first")
 
 
+def side_by_side(x: Tensor, more: Tensor) -> Tensor:
+    """Returns an empty tensor for codes `[M, K]` beside codes `[M, L]`; raises an error unless they fit together."""
+    if x.ndim != 2 or more.ndim != 2 or len(x) != len(more) or not (x.is_contiguous() and more.is_contiguous()):
+        raise ValueError(
+            f"contiguous codes [M, K] and [M, L] are expected, found {tuple(x.shape)} with strides {x.stride()} and "
+            f"{tuple(more.shape)} with strides {more.stride()}"
+        )
+    if more.dtype != torch.int8:
+        raise TypeError(f"int8 codes are expected, found {more.dtype}")
+    return x.new_empty((len(x), x.shape[1] + more.shape[1]))
+
+
+def on_meta(x: Tensor) -> Tensor:
+    """Returns a tensor of the same shape, strides and type on the meta device, where every address is aligned."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
 def check_output(out_dtype: torch.dtype, *tensors: Tensor) -> None:
     """Raises an error unless the output is floating point and every offset fits an int32."""
     if out_dtype not in FLOATS:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +10,7 @@ from edadm_kernels import (
     conv2d,
     linear,
     linear_geglu,
-    linear_geglu_to_codes,
     linear_gelu,
-    linear_gelu_to_codes,
     linear_joined,
     linear_stack,
     linear_to_codes,
@@ -23,17 +19,16 @@ from edadm_kernels import (
     quantize,
     reference,
 )
-from edadm_kernels.backend import uses_hopper
 from edadm_kernels.conv_launch import Geometry, launch_conv
 from edadm_kernels.gemm_launch import launch_gemm
-from edadm_kernels.hopper import matrices, product
+from edadm_kernels.hopper import matrices
 from edadm_kernels.launching import arch_of
 from edadm_kernels.pack import conv_border_table, linear_correction, pack_geglu, pack_w4
 from edadm_kernels.tiles import Tile, candidates
+from tests.gpu.operands import CUDA, codes, epilogue, normal, poison
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-CUDA = torch.device("cuda")
 LINEAR = [
     (2, 6912, 1152),
     (8192, 320, 320),
@@ -58,31 +53,6 @@ CONV = [  # samples, height, width, channels, outputs, geometry
     (3, 17, 13, 20, 33, Geometry(1, 3, 3, SAME)),
     (1, 1, 1, 4, 3, Geometry(1, 3, 3, SAME)),
 ]
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    fresh = torch.Generator(CUDA)
-    fresh.seed()
-    print("seed", fresh.initial_seed())
-    return fresh
-
-
-def codes(shape: tuple[int, ...], generator: torch.Generator, limit: int = 128) -> Tensor:
-    return torch.randint(-limit, limit, shape, generator=generator, device=CUDA, dtype=torch.int8)
-
-
-def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device=CUDA)
-
-
-def poison(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Leave a block of this size full of nonsense where the allocator will take the output from."""
-    torch.full(shape, 99 if dtype == torch.int8 else float("nan"), dtype=dtype, device=CUDA)
-
-
-def epilogue(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    return torch.rand(n, generator=generator, device=CUDA) * 1e-4, normal((n,), generator).half()
 
 
 @pytest.mark.parametrize("shape", LINEAR + ODD_LINEAR)
@@ -230,84 +200,6 @@ def test_gelu(shape: tuple[int, int, int], num_bits: int, generator: torch.Gener
     apart = int((actual != expected).sum())
     is_fused = k % 16 == 0 and n % 16 == 0  # otherwise the product is rounded to float16 before the codes
     assert apart <= 1 + (1e-3 if is_fused else 2e-2) * actual.numel()
-
-
-@pytest.mark.parametrize(
-    "shape", [(8192, 4608, 1152), (8858, 6144, 1536), (666, 6144, 1536), (300, 328, 1136), (130, 16, 16), (33, 46, 100)]
-)
-@pytest.mark.parametrize("num_bits", [8, 4])
-def test_gelu_on_the_grid_of_a_loaded_layer(
-    shape: tuple[int, int, int], num_bits: int, generator: torch.Generator
-) -> None:
-    m, n, k = shape
-    x, weight = codes((m, k), generator), codes((n, k), generator)
-    scale, bias = epilogue(n, generator)
-    out_scale = torch.tensor([0.05], device=CUDA)
-    zero_point = torch.tensor([3 if num_bits == 4 else 20], dtype=torch.int32, device=CUDA)
-    arguments = (x, weight, scale * 0.1, linear_correction(weight, 100), bias.float())
-    poison((m, n), torch.int8)
-    actual = linear_gelu_to_codes(*arguments, out_scale.reciprocal(), zero_point.float() - 128, num_bits)
-    expected = reference.linear_gelu(*arguments, out_scale, zero_point, num_bits)
-    assert expected.unique().numel() > 8
-    assert (actual.int() - expected.int()).abs().max() <= 1
-    is_fused = k % 16 == 0 and n % 16 == 0
-    assert int((actual != expected).sum()) <= 1 + (1e-3 if is_fused else 2e-2) * actual.numel()
-    if uses_hopper(x) and is_fused:
-        assert torch.equal(actual, linear_gelu(*arguments, out_scale, zero_point, num_bits)), "the same kernel"
-
-
-GATED = [(8192, 2560, 320), (2048, 10240, 1280), (8192, 5120, 640), (128, 10240, 1280), (300, 1152, 1136), (77, 40, 48)]
-
-
-@pytest.mark.parametrize("shape", [*GATED, (33, 46, 100)])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("num_bits", [8, 4])
-def test_gated_rows_in_the_order_of_a_layer(
-    shape: tuple[int, int, int], bias: bool, num_bits: int, generator: torch.Generator
-) -> None:
-    m, n, k = shape
-    x, weight = codes((m, k), generator), codes((n, k), generator)
-    scale, added = epilogue(n, generator)
-    vectors = (scale, linear_correction(weight, 100), added.float() if bias else None)
-    out_scale = torch.tensor([0.05], device=CUDA)
-    zero_point = torch.tensor([3 if num_bits == 4 else 120], dtype=torch.int32, device=CUDA)
-    poison((m, n // 2), torch.int8)
-    actual = linear_geglu_to_codes(x, weight, *vectors, out_scale.reciprocal(), zero_point.float() - 128, num_bits)
-    alternating = [None if values is None else pack_geglu(values) for values in (weight, *vectors)]
-    expected = reference.linear_geglu(x, *alternating, out_scale, zero_point, num_bits)
-    assert expected.unique().numel() > 8
-    assert (actual.int() - expected.int()).abs().max() <= 1
-    assert int((actual != expected).sum()) <= 1 + 1e-3 * actual.numel()
-    if uses_hopper(x) and k % 16 == 0:
-        assert torch.equal(actual, linear_geglu(x, *alternating, out_scale, zero_point, num_bits)), "the same kernel"
-
-
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="the kernels need 9.0"
-)
-@pytest.mark.parametrize("shape", [*GATED, (130, 2576, 1280)])
-def test_every_tile_of_gated_rows_in_the_order_of_a_layer(
-    shape: tuple[int, int, int], generator: torch.Generator
-) -> None:
-    m, n, k = shape
-    x, weight = codes((m, k), generator), codes((n, k), generator)
-    scale, bias = epilogue(n, generator)
-    vectors = (scale, linear_correction(weight, 100), bias.float())
-    grid = (torch.tensor([20.0], device=CUDA), torch.tensor([-8.0], device=CUDA), 255)
-    expected = reference.linear_geglu_to_codes(x, weight, *vectors, *grid[:2])
-    form = product.Shape.matrix(m, k)
-    for tile in product.candidates("geglu", form):
-        out = torch.full_like(expected, 99)
-        ordered = replace(tile, gates_last=True)
-        product.launch_product(ordered, x, weight, *vectors, out, None, None, form, grid)
-        assert (out.int() - expected.int()).abs().max() <= 1, tile
-        assert int((out != expected).sum()) <= 1 + 1e-3 * out.numel(), tile
-    if n // 2 % 16 == 0:
-        out = torch.full_like(expected, 99)
-        operands = ([weight], *([vector] for vector in vectors))
-        matrices.launch_matrices(replace(matrices.GATED, gates_last=True), x, *operands, [out], [grid])
-        assert (out.int() - expected.int()).abs().max() <= 1
-        assert int((out != expected).sum()) <= 1 + 1e-3 * out.numel()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 from edadm_kernels import (
     backend,
     linear,
+    linear_added,
     linear_geglu,
     linear_geglu_to_codes,
     linear_gelu,
@@ -201,6 +202,33 @@ def test_gated_rows_in_the_order_of_a_layer(compute: Callable[..., Tensor]) -> N
     assert expected.unique().numel() > 8
     assert (actual.int() - expected.int()).abs().max() <= 1
     assert int((actual != expected).sum()) <= 1
+
+
+@pytest.mark.parametrize("compute", [linear_added, reference.linear_added])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("samples", [0, 1, 3])
+def test_a_product_is_scaled_per_sample_and_added(
+    compute: Callable[..., Tensor], dtype: torch.dtype, samples: int
+) -> None:
+    layer = Layer(33, 40, 64)
+    residual = layer.residual.to(dtype)
+    factors = random(samples, 3 * 40, seed=9).to(dtype)[:, 40:80] if samples else None
+    arguments = (layer.x, layer.weight, layer.scale, layer.correction, layer.bias)
+    actual = compute(*arguments, residual, factors)
+    y = reference.linear(*arguments, out_dtype=torch.float32)
+    if factors is not None:
+        y = y * factors.float().repeat_interleave(33 // samples, dim=0)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, (residual.float() + y).to(dtype))
+
+
+def test_factors_that_do_not_fit() -> None:
+    layer = Layer(33, 40, 64)
+    arguments = (layer.x, layer.weight, layer.scale, layer.correction, layer.bias, layer.residual)
+    with pytest.raises(ValueError, match="equal parts of 33 rows"):
+        linear_added(*arguments, torch.ones(2, 40).half())
+    with pytest.raises(TypeError, match=r"found torch\.float32"):
+        linear_added(*arguments, torch.ones(3, 40))
 
 
 def test_a_row_of_gates_is_missing() -> None:

@@ -44,6 +44,10 @@ def cases() -> dict[str, tuple[Any, ...]]:
     return {
         "linear": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, floats(ROWS, OUTPUTS), torch.float16),
         "linear_gelu": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, SCALE, ZERO_POINT, 8),
+        "linear_added": (
+            codes(4, TERMS - 8), codes(OUTPUTS, TERMS), *EPILOGUE, floats(4, OUTPUTS),
+            floats(2, 3 * OUTPUTS)[:, OUTPUTS:-OUTPUTS], codes(4, 8),
+        ),
         "linear_to_codes": (
             codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, floats(ROWS, OUTPUTS), SCALE, ZERO_POINT, 8,
         ),

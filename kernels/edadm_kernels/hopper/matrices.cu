@@ -10,8 +10,8 @@
 // These macros are defined: BM (128), BN, BK, STAGES, CLUSTER, BOX (columns that are written at once, 32 or 64),
 // BFLOATS (bfloat16 is written instead of float16), GEGLU (values and gates alternate, and the codes of gated values
 // are written), GATES_LAST (they alternate in a tile, but in the right operand and in its constants all values come
-// before all gates) and RASTER (the number of rows of tiles that are computed one after another). Before this text is
-// the function `multiply`.
+// before all gates), RESIDUAL (a matrix is added to the product, which a vector per sample may scale before) and RASTER
+// (the number of rows of tiles that are computed one after another). Before this text is the function `multiply`.
 
 constexpr int GROUPS = 2, THREADS = GROUPS * 128;
 constexpr int HALVES = BM / 64;                  // matrix instructions for the rows of a tile
@@ -20,10 +20,13 @@ constexpr u64 SWIZZLE = BK == 128 ? 1 : 2;
 constexpr int BOX_BYTES = 16 * (GEGLU ? 32 : 2 * BOX);  // of a warp; half of them if codes of gelu(y) are written
 constexpr int BOXES = BN / BOX;
 constexpr int PART = BN / CLUSTER;               // columns that one block copies
-constexpr int CONSTANTS = 3 * BN;                // words per group: scales, corrections and biases of its columns
+constexpr int SLOTS = RESIDUAL ? 4 : 2;          // boxes per warp
+// Words per group: scales, corrections and biases of its columns, and their factors in 16 bits.
+constexpr int CONSTANTS = 3 * BN, ALL_CONSTANTS = CONSTANTS + (RESIDUAL ? BN / 2 : 0);
 static_assert(BM == HALVES * 64 && BN % BOX == 0 && (PART * BK) % 1024 == 0, "tile");
 static_assert(!GEGLU || BOX == 64, "a box of gated values has 32 bytes");
 static_assert(!GATES_LAST || (GEGLU && CLUSTER == 1), "gates");
+static_assert(!RESIDUAL || (!GEGLU && BN / BOX * HALVES >= SLOTS), "residual");
 
 struct Columns {
     const float* scale;
@@ -40,6 +43,8 @@ struct Problem {
     Columns columns[4];
     int rows, products, row_tiles, column_tiles;  // row tiles of a cluster
     int first_products;                           // columns of the first tensor of the left operand
+    int rows_per_sample, factor_stride;           // rows that share a row of factors; elements between these rows
+    const u16* factor;                            // 16-bit [samples, outputs], or null
 };
 
 __device__ __forceinline__ u64 operand(u32 address) {
@@ -104,6 +109,21 @@ __device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c,
                  : "memory");
 }
 
+__device__ __forceinline__ uint4 load_matrices(u32 address) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ u32 load_word(u32 address) {
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+    return word;
+}
+
 __device__ __forceinline__ void store_word(u32 address, u32 word) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
@@ -138,6 +158,16 @@ __device__ __forceinline__ void copy_constants(u32 target, const Columns& from, 
 #else
         copy_words(target + 16 * i, exists ? static_cast<const float*>(source) + at : from.scale, exists ? 16 : 0);
 #endif
+    }
+}
+
+// Starts the copies of the factors of a tile's columns into shared memory.
+__device__ __forceinline__ void copy_factors(u32 target, const Problem& p, int row, int column, int thread) {
+    const int sample = min(row, p.rows - 1) / p.rows_per_sample;
+    const u16* const from = p.factor + static_cast<size_t>(sample) * p.factor_stride;
+    for (int i = thread; i < BN / 8; i += 128) {
+        const bool exists = column + 8 * i < p.columns[0].outputs;
+        copy_words(target + 16 * i, exists ? from + column + 8 * i : p.factor, exists ? 16 : 0);
     }
 }
 
@@ -185,6 +215,20 @@ __device__ __forceinline__ u32 pair(float x, float y) {
 #endif
 }
 
+__device__ __forceinline__ float2 unpaired(u32 pair) {
+#if BFLOATS
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+#else
+    return make_float2(low_half(pair), high_half(pair));
+#endif
+}
+
+// Computes `residual + y * factor` of a pair of columns.
+__device__ __forceinline__ u32 added(float x, float y, u32 residual, float2 factor) {
+    const float2 r = unpaired(residual);
+    return pair(__fadd_rn(r.x, __fmul_rn(x, factor.x)), __fadd_rn(r.y, __fmul_rn(y, factor.y)));
+}
+
 // Computes the code of GELU approximated by a hyperbolic tangent, 0.5 y (1 + tanh u), in the low byte of a word: `half`
 // is half of the inverse of the codes' scale, and `magic` adds their zero-point while it rounds. The tangent is off by
 // 2^-11 at most.
@@ -210,12 +254,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
              const __grid_constant__ TensorMap w1, const __grid_constant__ TensorMap w2,
              const __grid_constant__ TensorMap w3, const __grid_constant__ TensorMap y0,
              const __grid_constant__ TensorMap y1, const __grid_constant__ TensorMap y2,
-             const __grid_constant__ TensorMap y3, const __grid_constant__ Problem p) {
+             const __grid_constant__ TensorMap y3,
+#if RESIDUAL
+             const __grid_constant__ TensorMap r_map,
+#endif
+             const __grid_constant__ Problem p) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const u32 a_at = shared_address(shared), b_at = a_at + STAGES * A_BYTES;
     const u32 staged = b_at + STAGES * B_BYTES;
-    const u32 constants_at = staged + GROUPS * 4 * 2 * BOX_BYTES;
-    const u32 full = constants_at + GROUPS * CONSTANTS * 4, empty = full + 8 * STAGES, turns = empty + 8 * STAGES;
+    const u32 constants_at = staged + GROUPS * 4 * SLOTS * BOX_BYTES;
+    const u32 full = constants_at + GROUPS * ALL_CONSTANTS * 4, empty = full + 8 * STAGES, turns = empty + 8 * STAGES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
     const int first = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
@@ -227,6 +275,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             barrier_init(empty + 8 * stage, 4 * CLUSTER);
         }
         for (int group = 0; group < GROUPS; ++group) barrier_init(turns + 8 * group, 4);
+#if RESIDUAL
+        for (int slot = 0; slot < GROUPS * 4 * SLOTS; ++slot) barrier_init(turns + 8 * (GROUPS + slot), 1);
+#endif
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
@@ -266,19 +317,37 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     await_previous();
     const int group = warp / 4;
-    const u32 boxes = staged + warp * 2 * BOX_BYTES, constants = constants_at + group * CONSTANTS * 4;
+    const u32 boxes = staged + warp * SLOTS * BOX_BYTES, constants = constants_at + group * ALL_CONSTANTS * 4;
     // A warp stores four matrices of 8x8 values at once; each lane gives the address of one row.
     const u32 row_at = lane % 16 * (BOX * 2), turned = BOX == 64 ? lane % 8 : lane / 2 % 4;
     // A lane stores four codes of a row and four of the row eight below, which has the same swizzle.
     const u32 codes_at = lane / 4 * BOX + lane % 2 * 8 + lane % 4 / 2 * 4;
     const u32 codes_turned = BOX == 64 ? lane / 8 : lane / 16;
     const u32 peer_empty = CLUSTER > 1 ? peer_address(empty, lane % CLUSTER) : empty;
+#if RESIDUAL
+    const u32 arrived = turns + 8 * (GROUPS + warp * SLOTS);
+    int boxes_before = 0;  // of this warp before this tile
+#endif
     int box = 0, done = group * steps;  // steps of both groups before this tile
     for (int at = first + group * clusters; at < tiles; at += GROUPS * clusters, done += GROUPS * steps) {
         const Tile tile(at, p);
         const Columns& columns = p.columns[tile.member];
         sync_group(group);  // every warp has read the constants of the previous tile
         copy_constants(constants, columns, tile.column, threadIdx.x % 128);
+#if RESIDUAL
+        if (p.factor) copy_factors(constants + 12 * BN, p, tile.row + rank * BM, tile.column, threadIdx.x % 128);
+        // Copies a box of the residual; the boxes of a warp follow one another through its slots, across tiles.
+        const auto fetch = [&](int place) {
+            const int slot = (boxes_before + place) % SLOTS;
+            barrier_expect(arrived + 8 * slot, BOX_BYTES);
+            copy_rows(boxes + slot * BOX_BYTES, &r_map, arrived + 8 * slot, 2 * (tile.column + place / HALVES * BOX),
+                      tile.row + rank * BM + place % HALVES * 64 + warp % 4 * 16);
+        };
+        if (lane == 0) {
+            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the boxes of the tile before are written
+            for (int place = 0; place < SLOTS; ++place) fetch(place);
+        }
+#endif
         // Waits until the other group has received all of its steps: the parity of a buffer's barrier distinguishes a
         // step from the next one in that buffer, but not from the one after that.
         const int turn = done / (GROUPS * steps) + group - 1;
@@ -328,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         u32 of_lane = constants + lane % 4 * 8;
         asm volatile("" : "+r"(of_lane)::"memory");  // keeps loads of constants behind the barrier
         const TensorMap* const y_map = tile.member == 0 ? &y0 : tile.member == 1 ? &y1 : tile.member == 2 ? &y2 : &y3;
-#if !GEGLU
+#if !GEGLU && !RESIDUAL
         if (as_codes) {  // both halves of the rows at once, with the same constants; a box has the codes of both
             const float half_inverse = 0.5f * quantize.inverse;
             const float magic = 12582912.0f + static_cast<float>(quantize.offset);  // 1.5 * 2^23
@@ -388,6 +457,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 #pragma unroll
             for (int half = 0; half < HALVES; ++half) {
                 if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+#if RESIDUAL
+                const int place = c * HALVES + half;
+                if (lane == 0 && place > 1 && place + SLOTS - 2 < BOXES * HALVES) fetch(place + SLOTS - 2);
+                box = (boxes_before + place) % SLOTS;
+                barrier_wait(arrived + 8 * box, (boxes_before + place) / SLOTS % 2);
+#endif
                 __syncwarp();  // the box that was written two rounds ago has been copied
                 const u32 to = boxes + box * BOX_BYTES;
                 const u32 of_box = of_lane + 4 * c * BOX;
@@ -420,8 +495,23 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                 for (int j = 0; j < BOX / 8; j += 2) {
                     float y[2][4];
                     finish(y, sums_of_box + j * 4, Constants(of_box + 32 * j));
-                    store_matrices(to + row_at + ((j + lane / 16) ^ turned) * 16, pair(y[0][0], y[0][1]),
-                                   pair(y[0][2], y[0][3]), pair(y[1][0], y[1][1]), pair(y[1][2], y[1][3]));
+                    const u32 at = to + row_at + ((j + lane / 16) ^ turned) * 16;
+#if RESIDUAL
+                    const uint4 residual = load_matrices(at);
+                    float2 factor[2] = {make_float2(1.0f, 1.0f), make_float2(1.0f, 1.0f)};
+                    if (p.factor)
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            factor[i] = unpaired(load_word(constants + 12 * BN + 2 * (c * BOX + 8 * (j + i)) +
+                                                           lane % 4 * 4));
+                    store_matrices(at, added(y[0][0], y[0][1], residual.x, factor[0]),
+                                   added(y[0][2], y[0][3], residual.y, factor[0]),
+                                   added(y[1][0], y[1][1], residual.z, factor[1]),
+                                   added(y[1][2], y[1][3], residual.w, factor[1]));
+#else
+                    store_matrices(at, pair(y[0][0], y[0][1]), pair(y[0][2], y[0][3]), pair(y[1][0], y[1][1]),
+                                   pair(y[1][2], y[1][3]));
+#endif
                 }
 #endif
                 asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -431,9 +521,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                         write_box(y_map, to, inner, tile.row + rank * BM + half * 64 + warp % 4 * 16);
                     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
                 }
+#if !RESIDUAL
                 box ^= 1;
+#endif
             }
         }
+#if RESIDUAL
+        boxes_before += BOXES * HALVES;
+#endif
     }
     if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     if (CLUSTER > 1) cluster_sync();

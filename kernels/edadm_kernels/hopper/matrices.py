@@ -37,6 +37,19 @@ _COLUMN, _GATED = 36.0, 1.2  # clocks of the epilogue per column; the factor for
 
 
 @dataclass(frozen=True)
+class Addition:
+    """Describes what is added to a product: `residual + product * factor`.
+
+    Args:
+        residual: `[M, N]`, contiguous, in the element type of the output.
+        factor: `[samples, N]` in that type, whose rows are contiguous, or `None`.
+    """
+
+    residual: Tensor
+    factor: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class MatrixTile:
     """Compile-time parameters of `matrices.cu`.
 
@@ -49,6 +62,7 @@ class MatrixTile:
         bfloats: Whether the output is bfloat16 instead of float16.
         geglu: Whether values and gates alternate in the columns, and the output is codes of half as many columns.
         gates_last: Whether the gates of a right operand follow all values, in place of alternating rows.
+        residual: Whether a matrix is added to the product.
     """
 
     bn: int
@@ -59,6 +73,7 @@ class MatrixTile:
     bfloats: bool = False
     geglu: bool = False
     gates_last: bool = False
+    residual: bool = False
 
     source = "matrices.cu"
     name = "matrices"
@@ -72,8 +87,11 @@ class MatrixTile:
     @property
     def shared_bytes(self) -> int:
         """Returns bytes for operands and barriers of every stage, boxes of outputs per warp, and columns' constants."""
-        boxes = _WARPS * 2 * _WARP_ROWS * (32 if self.geglu else 2 * self.box)
-        return self.stages * ((_ROWS + self.bn) * self.bk + 16) + boxes + _GROUPS * (3 * 4 * self.bn + 8)
+        slots = 4 if self.residual else 2
+        boxes = _WARPS * slots * _WARP_ROWS * (32 if self.geglu else 2 * self.box)
+        constants = _GROUPS * (3 * 4 * self.bn + 8)
+        added = _GROUPS * 2 * self.bn + _WARPS * slots * 8 if self.residual else 0
+        return self.stages * ((_ROWS + self.bn) * self.bk + 16) + boxes + constants + added
 
     def defines(self) -> dict[str, int]:
         """Returns the macros that the source is compiled with."""
@@ -88,6 +106,7 @@ class MatrixTile:
             "BFLOATS": int(self.bfloats),
             "GEGLU": int(self.geglu),
             "GATES_LAST": int(self.gates_last),
+            "RESIDUAL": int(self.residual),
         }
 
     def prelude(self) -> str:
@@ -96,7 +115,7 @@ class MatrixTile:
 
     def label(self) -> str:
         """Returns the name of the tile for tables."""
-        form = "-gated" * self.geglu + "-gates-last" * self.gates_last
+        form = "-gated" * self.geglu + "-gates-last" * self.gates_last + "-residual" * self.residual
         return f"matrices-{_ROWS}x{self.bn}x{self.bk}-cluster{self.cluster}{form}{'-bf16' if self.bfloats else ''}"
 
 
@@ -108,6 +127,8 @@ TILES = (
 )
 GATED = MatrixTile(128, 128, stages=6, cluster=1, geglu=True)
 """The tile of gated products: wider ones write for longer than the other group of warps multiplies."""
+ADDING = tuple(replace(tile, stages=4 if tile.bn == 192 else 5, residual=True) for tile in TILES)
+"""The tiles of products to which a matrix is added, which takes the place of stages."""
 
 
 class _Columns(ctypes.Structure):
@@ -125,6 +146,8 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         ("columns", _Columns * MOST_MEMBERS),
         *((name, ctypes.c_int) for name in ("rows", "products", "row_tiles", "column_tiles", "first_products")),
+        *((name, ctypes.c_int) for name in ("rows_per_sample", "factor_stride")),
+        ("factor", ctypes.c_void_p),
     )
 
 
@@ -161,9 +184,17 @@ def takes_codes(out: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def choose(rows: int, outputs: tuple[int, ...], products: int) -> MatrixTile:
-    """Returns the tile for products of `[rows, products]` with `[n, products]` for each n of `outputs`."""
-    return min(TILES, key=lambda tile: cost(tile, rows, outputs, products) + _TURN * _rounds(tile, rows, outputs))
+def choose(rows: int, outputs: tuple[int, ...], products: int, adds: bool = False) -> MatrixTile:
+    """Returns the tile for products of `[rows, products]` with `[n, products]` for each n of `outputs`.
+
+    Args:
+        rows: The rows of the left operand.
+        outputs: The rows of each right operand.
+        products: The terms per sum.
+        adds: Whether a matrix is added to the product.
+    """
+    tiles = ADDING if adds else TILES
+    return min(tiles, key=lambda tile: cost(tile, rows, outputs, products) + _TURN * _rounds(tile, rows, outputs))
 
 
 @lru_cache(maxsize=4096)
@@ -200,6 +231,7 @@ def launch_matrices(
     outs: Sequence[Tensor],
     gelus: Sequence[Grid | None] = (),
     more: Tensor | None = None,
+    addition: Addition | None = None,
 ) -> None:
     """Fills `outs` with the products of `x` and each of `weights`.
 
@@ -216,6 +248,7 @@ def launch_matrices(
         gelus: The grid of each member that is activated and written as codes; by default there are none. The only
             member of a gated tile has one, and an output of half as many columns.
         more: Codes of the columns that follow those of `x`; `x` then has a multiple of `tile.bk` columns.
+        addition: What is added to the only member, by a tile that does so.
     """
     bfloats = any(out.dtype == torch.bfloat16 for out in outs)
     if bfloats:
@@ -227,7 +260,7 @@ def launch_matrices(
         rows=rows, products=products, row_tiles=row_tiles, first_products=first if more is not None else 1 << 30
     )
     box_bytes = 32 if tile.geglu else tile.box
-    w_maps, y_maps = [], []
+    w_maps, y_maps, r_maps = [], [], []
     for place, (weight, out) in enumerate(zip(weights, outs, strict=True)):
         columns, gelu, bias = problem.columns[place], gelus[place] if gelus else None, biases[place]
         columns.scale, columns.correction = scales[place].data_ptr(), corrections[place].data_ptr()
@@ -244,13 +277,19 @@ def launch_matrices(
             else tensor_map(weight.data_ptr(), (products, weight.shape[0]), part, tile.bk)
         )
         y_maps.append(_output_map(out, box_bytes * out.itemsize))
+    if addition is not None:
+        r_maps.append(_output_map(addition.residual, box_bytes * addition.residual.itemsize))
+        if addition.factor is not None:
+            problem.factor, problem.factor_stride = addition.factor.data_ptr(), addition.factor.stride(0)
+            problem.rows_per_sample = rows // addition.factor.shape[0]
     unused = [w_maps[0]] * (MOST_MEMBERS - len(w_maps)), [y_maps[0]] * (MOST_MEMBERS - len(y_maps))
     x_maps = [
         tensor_map(t.data_ptr(), (t.shape[1], rows), (tile.bk, _ROWS), tile.bk)
         for t in (x, x if more is None else more)
     ]
     blocks = min(problem.row_tiles * problem.column_tiles, _MULTIPROCESSORS // tile.cluster) * tile.cluster
-    launch(tile, blocks, [*x_maps, *w_maps, *unused[0], *y_maps, *unused[1], problem], x.device.index or 0)
+    maps = [*x_maps, *w_maps, *unused[0], *y_maps, *unused[1], *r_maps]
+    launch(tile, blocks, [*maps, problem], x.device.index or 0)
 
 
 def _output_map(out: Tensor, box_bytes: int) -> Any:
@@ -263,5 +302,5 @@ def _output_map(out: Tensor, box_bytes: int) -> Any:
 
 def variants() -> list[MatrixTile]:
     """Lists every tile in both element types, and the gated one for both orders of gates."""
-    plain = (replace(tile, bfloats=bfloats) for tile in TILES for bfloats in (False, True))
+    plain = (replace(tile, bfloats=bfloats) for tile in (*TILES, *ADDING) for bfloats in (False, True))
     return [*plain, GATED, replace(GATED, gates_last=True)]

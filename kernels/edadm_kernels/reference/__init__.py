@@ -12,8 +12,10 @@ from edadm_kernels.reference.norms import (
     silu_quantize,
 )
 from edadm_kernels.reference.products import (
+    added,
     conv2d,
     linear,
+    linear_added,
     linear_geglu,
     linear_geglu_to_codes,
     linear_gelu,
@@ -24,6 +26,7 @@ from edadm_kernels.reference.products import (
 )
 
 __all__ = [
+    "added",
     "attend_codes",
     "attend_on_grids",
     "attention_codes",
@@ -34,6 +37,7 @@ __all__ = [
     "join_heads",
     "layer_norm_quantize",
     "linear",
+    "linear_added",
     "linear_geglu",
     "linear_geglu_to_codes",
     "linear_gelu",

@@ -184,6 +184,28 @@ def conv2d(
     return y.to(out_dtype, memory_format=torch.channels_last)
 
 
+def linear_added(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    factor: Tensor | None = None,
+    more: Tensor | None = None,
+) -> Tensor:
+    """Computes `edadm_kernels.linear_added`."""
+    x = x if more is None else torch.cat([x, more], dim=1)
+    return added(linear(x, weight, scale, correction, bias, out_dtype=torch.float32), residual, factor)
+
+
+def added(y: Tensor, residual: Tensor, factor: Tensor | None) -> Tensor:
+    """Returns `residual + factor * y` in the type of the residual, for y `[M, N]` and factors `[samples, N]`."""
+    if factor is not None:
+        y = (y.unflatten(0, (factor.shape[0], -1)) * factor.float()[:, None]).flatten(0, 1)
+    return (residual.float() + y).to(residual.dtype)
+
+
 def _codes(weight: Tensor) -> Tensor:
     """Returns int8 codes of weights that may be packed."""
     return unpack_w4(weight) if weight.dtype == torch.uint8 else weight

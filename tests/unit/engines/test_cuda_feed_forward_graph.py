@@ -14,6 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 
 import edadm_kernels as kernels
 from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
+from edadm_cli.engines.cuda.graph_passes import attention_graph, joined_graph
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.quant.layers import QuantizedLayer
@@ -73,6 +74,34 @@ def test_feed_forward_layers_of_every_family_take_two_products(family: str) -> N
     modules = feed_forwards(denoiser)
     assert modules
     assert operations.count(OPERATIONS[family]) == len(modules)
+
+
+def single_blocks(model: nn.Module) -> int:
+    blocks: Any = [module for module in model.modules() if type(module).__name__ == "FluxSingleTransformerBlock"]
+    return sum(isinstance(block.proj_out, QuantizedLayer) for block in blocks)
+
+
+def test_both_halves_of_single_stream_blocks_meet_as_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined_graph, "_STEP", 1)
+    monkeypatch.setattr(attention_graph, "attend_pays", lambda *_: True)
+    denoiser, call = deployed("flux")
+    operations = exchanged(denoiser, call)
+    count = single_blocks(denoiser)
+    assert count
+    assert operations.count("edadm.linear_joined.default") == count
+    assert operations.count(GELU) == len(feed_forwards(denoiser)) + count
+
+
+def test_an_adapter_in_a_single_stream_block_has_its_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined_graph, "_STEP", 1)
+    for layer, is_joined in {"proj_out": False, "proj_mlp": False, "attn.to_q": True}.items():
+        torch._dynamo.reset()
+        denoiser, call = deployed("flux")
+        before = prediction_of(denoiser(*call[0], **call[1]))
+        adapt(denoiser, layer)
+        operations = exchanged(denoiser, call)
+        assert ("edadm.linear_joined.default" in operations) == is_joined
+        assert relative_l2(prediction_of(denoiser(*call[0], **call[1])), before) > 1e-3, "the adapter has an effect"
 
 
 @pytest.mark.parametrize("pays", ["gelu_pays", "geglu_pays"])

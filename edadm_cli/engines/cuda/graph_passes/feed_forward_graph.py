@@ -11,24 +11,22 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.nn import functional as F
 
 import edadm_kernels as kernels
 from edadm_cli.engines.cuda.graph_passes.code_chains import CodeChain, chain_of
 from edadm_cli.engines.cuda.graph_passes.graph_nodes import (
-    has_numbers,
     is_call,
     is_method,
+    operands_of,
+    pays_for,
     replace_node,
     shape_of,
     single_use,
-    value_of,
 )
 
 _LINEAR = torch.ops.edadm.linear.default
-_NUM_OPERANDS = 5
-"""The number of arguments of a product before the residual: codes, weights, scales, corrections and bias."""
 
 
 def replace_feed_forwards(graph: fx.Graph) -> int:
@@ -49,8 +47,8 @@ def _replace(gelu: fx.Node) -> int:
     shape = None if chain is None else shape_of(chain.codes)
     if product is None or chain is None or shape is None or not all(type(size) is int for size in shape):
         return 0
-    operands = _operands_of(product)
-    if operands is None or not _pays(pays, operands):
+    operands = operands_of(product)
+    if operands is None or not pays_for(pays, operands):
         return 0
     graph = gelu.graph
     with graph.inserting_before(chain.codes):
@@ -97,21 +95,3 @@ def _codes_of(activated: fx.Node) -> CodeChain | None:
     if is_call(following, F.dropout) and following.args[2:3] == (False,):
         following = single_use(following)
     return None if following is None else chain_of(following, 0)
-
-
-def _operands_of(product: fx.Node) -> tuple[Any, ...] | None:
-    """Returns codes, weights, scales, corrections and bias of a product; `None` if it adds a residual."""
-    arguments = dict(zip([each.name for each in _LINEAR._schema.arguments], product.args, strict=False))
-    arguments.update(product.kwargs)
-    if arguments.pop("residual", None) is not None:
-        return None
-    operands = list(arguments.values())[: _NUM_OPERANDS - 1]
-    return (*operands, arguments.get("bias"))
-
-
-def _pays(pays: Any, operands: tuple[Any, ...]) -> bool:
-    """Returns whether the operation is faster for operands that are given as nodes."""
-    values = [None if node is None else value_of(node) for node in operands]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    is_complete = len(tensors) == sum(node is not None for node in operands)
-    return is_complete and all(map(has_numbers, tensors)) and bool(pays(*values))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from typing import TypeGuard
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +24,7 @@ _FUNCTIONS = {
     torch.cat,
     torch.ops.edadm.conv2d.default,
     torch.ops.edadm.linear.default,
+    torch.ops.edadm.linear_joined.default,
     torch.round,
 }
 _METHODS = {
@@ -76,6 +78,28 @@ def is_method(node: fx.Node, name: str) -> bool:
 def is_call(node: object, function: object) -> TypeGuard[fx.Node]:
     """Returns whether a node calls a function."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is function
+
+
+def operands_of(product: fx.Node) -> tuple[Any, ...] | None:
+    """Returns codes, weights, scales, corrections and bias of a product; `None` if it adds a residual.
+
+    For `linear_joined`, the codes of the columns that follow come last.
+    """
+    schema: Any = product.target
+    names = [each.name for each in schema._schema.arguments]
+    arguments = {**dict(zip(names, product.args, strict=False)), **product.kwargs}
+    if arguments.get("residual") is not None:
+        return None
+    operands = tuple(arguments.get(name) for name in ("x", "weight", "scale", "correction", "bias"))
+    return (*operands, arguments["more"]) if "more" in arguments else operands
+
+
+def pays_for(pays: Callable[..., bool], operands: tuple[Any, ...]) -> bool:
+    """Returns what `pays` says of the tensors that stand for the results of nodes; false if a size is a symbol."""
+    values = [None if node is None else value_of(node) for node in operands]
+    tensors = [value for value in values if value is not None]
+    is_complete = len(tensors) == sum(node is not None for node in operands)
+    return is_complete and all(map(has_numbers, tensors)) and pays(*values)
 
 
 def replace_node(node: fx.Node, other: fx.Node) -> None:

@@ -14,7 +14,7 @@ from edadm_cli.version import __version__
 
 _SOURCES = (
     *("attention_graph.py", "code_chains.py", "feed_forward_graph.py", "graph_exchange.py", "graph_nodes.py"),
-    *("group_norm_graph.py", "inductor_pass.py", "norm_graph.py"),
+    *("group_norm_graph.py", "inductor_pass.py", "joined_graph.py", "norm_graph.py", "residual_graph.py"),
 )
 
 
