@@ -138,8 +138,9 @@ def gelu_pays(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias
 
     The arguments are those of the operation; they may be tensors without elements, as torch has them while it traces.
     """
-    operands = [None if tensor is None else on_meta(tensor) for tensor in (x, weight, scale, correction, bias)]
-    return _pays(x) and weight.shape[0] % 16 == 0 and _takes_large(*operands)  # type: ignore[arg-type]
+    meta = on_meta(x), on_meta(weight), on_meta(scale), on_meta(correction)
+    added = None if bias is None else on_meta(bias)
+    return _pays(x) and weight.shape[0] % 16 == 0 and _takes_large(*meta, added)
 
 
 def geglu_pays(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None) -> bool:
@@ -149,8 +150,8 @@ def geglu_pays(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bia
     """
     if not _pays(x) or weight.shape[0] % 2:
         return False
-    operands = [None if tensor is None else on_meta(tensor) for tensor in (x, weight, scale, correction, bias)]
-    return product.takes(*operands, out=on_meta(x))  # type: ignore[arg-type]
+    meta = on_meta(x), on_meta(weight), on_meta(scale), on_meta(correction)
+    return product.takes(*meta, None if bias is None else on_meta(bias), out=meta[0])
 
 
 def _pays(x: Tensor) -> bool:

@@ -176,6 +176,7 @@ BATCHED = {
     "linear": (0, 5),
     "linear_to_codes": (0, 5),
     "linear_joined": (0, 1),
+    "linear_added": (0, 5, 7),
     "join_heads": (0, 1),
     "conv2d": (0, 5, 6),
     "group_norm_quantize": (0, 9),

@@ -16,6 +16,7 @@ from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
 from edadm_cli.engines.cuda.compiled.plain import build_plain
 from edadm_cli.engines.cuda.graph_passes.residual_graph import replace_additions
 from edadm_cli.engines.parity import relative_l2
+from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.quant.network import deploy
 from tests.denoisers.families import Call, quantized_denoiser
@@ -34,6 +35,7 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def deployed(family: str, **fields: Any) -> tuple[nn.Module, Call]:
     denoiser, call = quantized_denoiser(family, **fields)
+    bind_methods(denoiser)
     deploy(denoiser, KernelProduct(("cpu",)))
     return denoiser, call
 
@@ -82,7 +84,7 @@ def test_what_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_adapter_has_its_effect() -> None:
-    denoiser, call = deployed("pixart")
+    denoiser, call = deployed("sd3")
     model: Any = denoiser
     before = prediction_of(denoiser(*call[0], **call[1]))
     model.add_adapter(LoraConfig(r=2, target_modules=["to_out.0", "net.2"], init_lora_weights=False), "style")

@@ -35,13 +35,13 @@ def replace_feed_forwards(graph: fx.Graph) -> int:
 
 
 def _replace(gelu: fx.Node) -> int:
-    approximate = gelu.kwargs.get("approximate", "none")
-    if approximate == "tanh":
-        source, activated, pays = gelu.args[0], gelu, kernels.gelu_pays
-        operation = torch.ops.edadm.linear_gelu_to_codes.default
+    source: Any = gelu.args[0]
+    activated: fx.Node | None = gelu
+    if gelu.kwargs.get("approximate") == "tanh":
+        operation, pays = torch.ops.edadm.linear_gelu_to_codes.default, kernels.gelu_pays
     else:
-        source, activated, pays = *_gated(gelu), kernels.geglu_pays
-        operation = torch.ops.edadm.linear_geglu_to_codes.default
+        operation, pays = torch.ops.edadm.linear_geglu_to_codes.default, kernels.geglu_pays
+        source, activated = _gated(gelu)
     product = _product_of(source)
     chain = None if activated is None else _codes_of(activated)
     shape = None if chain is None else shape_of(chain.codes)
@@ -67,7 +67,8 @@ def _gated(gelu: fx.Node) -> tuple[Any, fx.Node | None]:
     if not is_call(gates, operator.getitem) or gates.args[1] != 1 or not is_call(product, operator.mul):
         return None, None
     pieces: Any = gates.args[0]
-    (values,) = [node for node in product.args if node is not gelu] or [None]
+    others: list[Any] = [node for node in product.args if node is not gelu]
+    values = others[0] if len(others) == 1 else None
     is_pair = is_call(values, operator.getitem) and values.args == (pieces, 0)
     if not is_pair or not is_method(pieces, "chunk") or len(pieces.users) != 2 or len(gates.users) != 1:
         return None, None

@@ -50,7 +50,7 @@ def _replace(joined: fx.Node) -> int:
     if found is None or width is None or width[-1] % _STEP or operands is None:
         return 0
     together, place = found
-    members = [list(each) for each in together.args[1:5]]
+    members: Any = together.args[1:5]
     own = (together.args[0], *(each[place] for each in members))
     if not pays_for(kernels.gelu_pays, own):
         return 0
@@ -93,10 +93,10 @@ def _activated_member(activated: fx.Node) -> tuple[fx.Node, int] | None:
     if not is_call(output, operator.getitem) or single_use(output) is not view:
         return None
     together: Any = output.args[0]
+    place: Any = output.args[1]
     takes_all = is_call(together, _LINEARS) and len(together.args) in (5, 6)
-    return (
-        (together, output.args[1]) if takes_all and all(is_call(u, operator.getitem) for u in together.users) else None
-    )
+    is_unpacked = takes_all and all(is_call(user, operator.getitem) for user in together.users)
+    return (together, place) if is_unpacked else None
 
 
 def _codes(x: fx.Node, chain: CodeChain) -> fx.Node:
