@@ -68,7 +68,7 @@ def _gated(gelu: fx.Node) -> tuple[Any, fx.Node | None]:
         return None, None
     pieces: Any = gates.args[0]
     others: list[Any] = [node for node in product.args if node is not gelu]
-    values = others[0] if len(others) == 1 else None
+    values: Any = others[0] if len(others) == 1 else None
     is_pair = is_call(values, operator.getitem) and values.args == (pieces, 0)
     if not is_pair or not is_method(pieces, "chunk") or len(pieces.users) != 2 or len(gates.users) != 1:
         return None, None
