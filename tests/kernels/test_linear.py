@@ -186,7 +186,7 @@ def test_gelu_on_the_grid_of_a_loaded_layer(compute: Callable[..., Tensor], num_
         compute(*arguments, *inverse(*grid), num_bits),
         reference.linear_gelu(*arguments, *grid, num_bits),
     )
-    assert expected.unique().numel() > 8
+    assert expected.unique().numel() > 6
     assert (actual.int() - expected.int()).abs().max() <= 1
     assert int((actual != expected).sum()) <= 1
 
