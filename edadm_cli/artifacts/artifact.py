@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edadm_cli.artifacts.files import explained_os_errors, file_sha256, in_threads, load_json
 from edadm_cli.artifacts.manifest import MANIFEST_NAME, Manifest, PayloadFile, read_manifest
 from edadm_cli.artifacts.tensors import load_tensors, read_tensor_header
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, MachineError
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +70,18 @@ class Artifact:
 
 
 def has_manifest(path: Path) -> bool:
-    """Returns whether a folder claims to be complete; a manifest that is no regular file counts as a broken one."""
-    return os.path.lexists(path / MANIFEST_NAME)
+    """Returns whether a folder claims to be complete; a manifest that is no regular file counts as a broken one.
+
+    Raises:
+        MachineError: This process may not look into the folder.
+    """
+    try:
+        os.lstat(path / MANIFEST_NAME)
+    except PermissionError as error:
+        raise MachineError(f"{path}: permission is denied.") from error
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def open_artifact(path: Path, kind: str) -> Artifact:

@@ -68,11 +68,16 @@ def bits_used_last(run: RunFolder, kind: str) -> BitWidth:
 
     Raises:
         UsageError: The run has several bit widths, and none was used last.
-        InputError: The run has no such artifact.
+        InputError: The run has no such artifact, or what it remembers is no bit width.
     """
-    text = _read(run.root / LATEST)
+    memory = run.root / LATEST
+    text = _read(memory)
     if text:
-        return BitWidth.parse(text)
+        try:
+            return BitWidth.parse(text)
+        except UsageError as error:
+            message = f"{memory} holds {text[:40]!r} and not the bit width that was used last."
+            raise InputError(message, hint=quoted("rm", memory)) from error
     names = run.names(kind)
     if len(names) == 1:
         return BitWidth.parse(names[0])

@@ -51,14 +51,18 @@ def show(output: Output, result: Mapping[str, Any], path: str | None) -> None:
             write_line(path)
     else:
         from rich.console import Console
+        from rich.table import Table
 
-        from edadm_cli.cli.tables import is_list, render
+        from edadm_cli.cli.tables import fold_names, is_list, render
 
         width = _width()
         console = Console(width=max(_NARROWEST, width), emoji=False, highlight=False)
         with console.capture() as capture:
             for part in render(result):
-                console.print(part, width=max(_NARROWEST if is_list(part) else _NARROWEST_FACTS, width))
+                room = max(_NARROWEST if is_list(part) else _NARROWEST_FACTS, width)
+                if isinstance(part, Table) and not is_list(part):
+                    fold_names(part, room)
+                console.print(part, width=room)
         write_line(capture.get().rstrip("\n"))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edadm_cli.errors import RequirementError, UsageError
+from edadm_cli.errors import RequirementError, UsageError, did_you_mean
 
 _FORM = re.compile(r"^\s*([A-Za-z_][\w.-]*?)\s*(>=|<=|==|>|<)\s*([^\s<>=]+)\s*$")
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -67,8 +67,12 @@ class Requirement:
                 value = value["value"]
             if exists and (value is None or isinstance(value, (int, float))):
                 return None if value is None else float(value)
-        known = ", ".join(sorted(_numbers(result)))
-        raise UsageError(f"--require '{self.text}': the result has no number '{self.key}'; it has {known}.")
+        known = sorted(_numbers(result))
+        raise UsageError(
+            f"--require '{self.text}': the result has no number '{self.key}'; it has {', '.join(known)}.",
+            hint=next((f"did you mean '{key}'?" for key in known if key.endswith(f".{self.key}")), None)
+            or did_you_mean(self.key, known),
+        )
 
 
 def parse_requirements(texts: Iterable[str] | None) -> list[Requirement]:

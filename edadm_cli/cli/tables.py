@@ -17,6 +17,9 @@ _HIDDEN = frozenset({"command", "warnings", "requirements", "metrics", "full_pre
 _SHORT_IDENTITY = 12
 _LONG_LIST = 64
 _SHORT_TEXT = 12  # characters of a cell that a narrow terminal does not break
+_SHORT_NAME = 24  # the same in the first column
+_NARROWEST_VALUE = 20
+_BORDERS = 7  # columns of the borders and margins of a table of facts
 
 
 def render(result: Mapping[str, Any]) -> Iterator[Table | Text]:
@@ -54,6 +57,13 @@ def is_list(part: Table | Text) -> bool:
     return isinstance(part, Table) and len(part.columns) > 2
 
 
+def fold_names(table: Table, width: int) -> None:
+    """Lets the names in a table of facts take several lines where they would leave no space for the values."""
+    names = table.columns[0]
+    longest = max((len(str(name)) for name in names.cells), default=0)
+    names.no_wrap = longest + _BORDERS + _NARROWEST_VALUE <= width
+
+
 def facts(fields: Mapping[str, Any], title: str | None = None) -> Table:
     """Returns a table of names and values, nested names dotted."""
     table = Table(title=Text(one_line(title)) if title else None, show_header=False, title_justify="left")
@@ -84,8 +94,9 @@ def show_value(value: Any) -> str:
 def _listing(rows: Iterable[Mapping[str, Any]], columns: Iterable[str], title: str | None = None) -> Table:
     names = tuple(columns)
     table, rows = Table(title=Text(one_line(title)) if title else None, title_justify="left"), list(rows)
-    for name in names:
-        is_short = all(len(show_value(row.get(name))) <= _SHORT_TEXT for row in rows)
+    for place, name in enumerate(names):
+        longest = _SHORT_TEXT if place else _SHORT_NAME
+        is_short = all(len(show_value(row.get(name))) <= longest for row in rows)
         table.add_column(Text(name.replace("_", " ")), overflow="fold", no_wrap=is_short)
     for row in rows:
         table.add_row(*(Text(show_value(row.get(name))) for name in names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import torch
 
 from edadm_cli.artifacts import Artifact, BuildSpec, ModelRef, RunFolder, open_artifact, save_json, save_tensors
 from edadm_cli.artifacts.inspection import inspect_artifact, run_of_artifact
-from edadm_cli.errors import InputError, UsageError
+from edadm_cli.errors import InputError, MachineError, UsageError
 
 MODEL = ModelRef(id="digits", fingerprint="f" * 64)
 
@@ -273,6 +274,17 @@ def test_a_folder_that_is_no_artifact_is_left_alone(run: RunFolder) -> None:
     with pytest.raises(InputError, match="no artifact of edadm"):
         _build(run, _plan("select"), force=True)
     assert (run.path("select") / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_that_may_not_be_looked_into_does_not_count_as_missing(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(path: Path) -> None:  # permissions do not hold root
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "lstat", deny)
+    with pytest.raises(MachineError, match="collect: permission is denied"):
+        run.require("collect")
 
 
 def test_a_missing_artifact_is_reported_with_the_command_that_makes_it(run: RunFolder) -> None:

@@ -235,6 +235,14 @@ def test_bit_widths_are_remembered_per_run(stages: FakeStages, capsys: pytest.Ca
     assert str(stages.config("evaluate").bits) == "w4a8"
 
 
+def test_a_memory_that_is_no_bit_width_is_named(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
+    _chain("w4a8")
+    memory = Path("runs/tiny/.latest")
+    memory.write_text("banana")
+    assert main(["export"]) == 3
+    assert f"{memory} holds 'banana' and not the bit width" in capsys.readouterr().err
+
+
 def test_several_bit_widths_without_a_memory_must_be_named(
     stages: FakeStages, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,6 +347,8 @@ def test_a_requirement_on_an_unknown_metric_is_a_usage_error(
     _chain("w4a8")
     assert main(["evaluate", "--require", "speedup>=2"]) == 2
     assert "metrics.prompt_accuracy" in capsys.readouterr().err
+    assert main(["evaluate", "--require", "psnr_db>=2"]) == 2
+    assert "hint: did you mean 'distance_to_full_precision.psnr_db'?" in capsys.readouterr().err
 
 
 def test_failures_inside_a_stage_keep_the_run_folder_whole(

@@ -53,6 +53,22 @@ def test_in_a_narrow_terminal_facts_are_folded_and_whole(
     assert EXPORT["verdict"][1] in " ".join(words)
 
 
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_an_evaluation_shows_its_values_and_names_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    metrics = {"spatial_frechet_distance": {"value": 21.95, "features": "digits/spatial", "num_images": 8}}
+    distance = {"psnr_db": 25.32, "guided_one_step_rel_l2": 0.0633}
+    record = {"command": "evaluate", "status": "up_to_date", "artifact": "run/w4a8", "bits": "w4a8"}
+    record |= {"metrics": metrics, "full_precision": metrics, "distance_to_full_precision": distance, "verdict": []}
+    show(Output.TABLE, record, None)
+    text = capsys.readouterr().out
+    for part in ("25.32 dB", "0.0633", "run/w4a8", "spatial_frechet_distance"):
+        assert part in text
+    assert "…" not in text
+
+
 def test_a_difference_is_given_where_images_are_not_equal(capsys: pytest.CaptureFixture[str]) -> None:
     show(Output.TABLE, {**EXPORT, "parity": {"images_bit_equal": False, "latent_max_abs": 0.25}}, None)
     assert "differ by 0.25 or less" in capsys.readouterr().out
