@@ -20,7 +20,7 @@ from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.capture import GraphedFunction
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
-from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
+from edadm_cli.engines.cuda.fused_blocks.assembly import Assembly
 from edadm_cli.engines.cuda.products.lowering import Lowering
 from edadm_cli.engines.cuda.profiling import wrapped_products
 from edadm_cli.engines.parity import relative_l2

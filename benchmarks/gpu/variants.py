@@ -14,7 +14,7 @@ from torch import nn
 
 from edadm_cli.bench.pipeline import TimedDenoiser
 from edadm_cli.engines.base import CompiledDenoiser
-from edadm_cli.engines.cuda.fused_stages.transformer import FusedTransformerBlock
+from edadm_cli.engines.cuda.fused_blocks.transformer import FusedTransformerBlock
 from edadm_cli.engines.cuda.products.lowering import Lowering
 from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.integrations.caching import enable_cache

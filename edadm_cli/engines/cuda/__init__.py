@@ -3,7 +3,7 @@
 Begin with `engine`, which decides how a denoiser runs:
 
 - `products`: a layer becomes a quantizer of its input and an integer product. Everything below uses them.
-- `fused_stages`: UNets, whose modules are replaced by stages that we wrote by hand.
+- `fused_blocks`: UNets, whose modules are replaced by fused blocks that we wrote by hand.
 - `compiled`: every other denoiser, which keeps its own `forward` and is compiled by torch. An export that
   `from_pretrained` loads runs its layers from here, too.
 - `graph_passes`: what is exchanged in the graphs that torch compiles.

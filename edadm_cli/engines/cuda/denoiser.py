@@ -37,7 +37,7 @@ class CudaDenoiser(CompiledDenoiser):
         state: The state that the blocks share.
         options: The options of the engine, of which device and element type count.
         cuda_graphs: Whether a step is recorded and replayed.
-        is_assembled: Whether the model consists of fused stages; otherwise it runs the denoiser's own `forward`.
+        is_assembled: Whether the model consists of fused blocks; otherwise it runs the denoiser's own `forward`.
     """
 
     def __init__(

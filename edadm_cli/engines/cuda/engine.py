@@ -1,6 +1,6 @@
 """The CUDA engine, which runs a step as a CUDA graph of integer kernels in Triton and CUDA C++.
 
-UNets are assembled from fused stages. torch compiles every other denoiser around the same kernels.
+UNets are assembled from fused blocks. torch compiles every other denoiser around the same kernels.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from edadm_cli.engines.adapters import SideBranch, strengths_of, take_adapters
 from edadm_cli.engines.base import FLOAT, AttentionForm, CompiledDenoiser, Engine, EngineOptions, LayerExecution
 from edadm_cli.engines.cuda.compiled.held_prompts import hold_prompts
 from edadm_cli.engines.cuda.compiled.layer_product import capability_refusal
-from edadm_cli.engines.cuda.compiled.plain import build_plain, compile_blocks, has_fused_stages
+from edadm_cli.engines.cuda.compiled.plain import build_plain, compile_blocks, has_fused_blocks
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
-from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
+from edadm_cli.engines.cuda.fused_blocks.assembly import Assembly
 from edadm_cli.engines.cuda.graph_passes.attention_graph import INT8_ATTENTION, NO_INT8_ATTENTION, integer_kernel_runs
 from edadm_cli.engines.cuda.products.lowering import Lowering, refusal
 from edadm_cli.engines.cuda.selection import faster_in_float
@@ -85,12 +85,12 @@ class CudaEngine(Engine):
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> CompiledDenoiser:
-        """Assembles fused stages, or has torch compile the denoiser. The first call of a step records its graph."""
+        """Assembles fused blocks, or has torch compile the denoiser. The first call of a step records its graph."""
         self.require(options.device)
         on_cuda = options.device.type == "cuda"
         strengths = strengths_of(denoiser)
         denoiser, adapters = take_adapters(denoiser)
-        is_assembled = has_fused_stages(denoiser)
+        is_assembled = has_fused_blocks(denoiser)
         if not is_assembled:
             model, layers = build_plain(denoiser, options.device, options.rest_dtype, adapters)
             state = StepState()

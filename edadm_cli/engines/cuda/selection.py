@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
-from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
-from edadm_cli.engines.cuda.fused_stages.attention import FusedAttention
-from edadm_cli.engines.cuda.fused_stages.transformer import FusedFeedForward, GatedProduct
+from edadm_cli.engines.cuda.fused_blocks.assembly import Assembly
+from edadm_cli.engines.cuda.fused_blocks.attention import FusedAttention
+from edadm_cli.engines.cuda.fused_blocks.transformer import FusedFeedForward, GatedProduct
 from edadm_cli.engines.cuda.products.lowering import Lowering
-from edadm_cli.engines.cuda.products.norms import NormStage
+from edadm_cli.engines.cuda.products.norms import Normalization
 from edadm_cli.engines.cuda.products.product import AND, IntegerConv2d, IntegerLinear, Product
 from edadm_cli.engines.cuda.times import Matrix, MeasuredTimes, Source, SourceKind
 from edadm_cli.hooks import Hooks
@@ -125,10 +125,10 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, list[Use]]]:
     uses: dict[str, list[Use]] = {}
     products = [m for m in model.modules() if isinstance(m, IntegerLinear | IntegerConv2d | GatedProduct) and m.label]
     pending: dict[str, Source] = {}
-    stages = [module for module in model.modules() if isinstance(module, NormStage)]
+    norms = [module for module in model.modules() if isinstance(module, Normalization)]
     with Hooks() as hooks:
-        for stage in stages:
-            hooks.before(stage, _noting_norm(pending))
+        for norm in norms:
+            hooks.before(norm, _noting_norm(pending))
         for module in products:
             module.prepare = _noting_input(module, pending)  # type: ignore[method-assign]
             module.product = _noting_use(module, pending, uses)  # type: ignore[method-assign]
@@ -140,13 +140,13 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, list[Use]]]:
 
 
 def _noting_norm(pending: dict[str, Source]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(stage: nn.Module, inputs: tuple[Any, ...]) -> None:
-        assert isinstance(stage, NormStage)
-        if stage.is_fused:
-            kind: SourceKind = "layer_norm" if stage.num_groups is None else "group_norm"
+    def hook(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(norm, Normalization)
+        if norm.is_fused:
+            kind: SourceKind = "layer_norm" if norm.num_groups is None else "group_norm"
             rows, channels = _rows(inputs[0])
             channels += sum(_rows(more)[1] for more in inputs[1:])
-            pending.update({consumer.label: (kind, rows, channels) for consumer in stage.consumers})
+            pending.update({consumer.label: (kind, rows, channels) for consumer in norm.consumers})
 
     return hook
 

@@ -18,10 +18,10 @@ from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
-from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
-from edadm_cli.engines.cuda.fused_stages.attention import FusedAttention, Projections
-from edadm_cli.engines.cuda.fused_stages.residual import FusedResidualBlock, FusedUpBlock
-from edadm_cli.engines.cuda.fused_stages.transformer import FusedTransformer2D, FusedTransformerBlock
+from edadm_cli.engines.cuda.fused_blocks.assembly import Assembly
+from edadm_cli.engines.cuda.fused_blocks.attention import FusedAttention, Projections
+from edadm_cli.engines.cuda.fused_blocks.residual import FusedResidualBlock, FusedUpBlock
+from edadm_cli.engines.cuda.fused_blocks.transformer import FusedTransformer2D, FusedTransformerBlock
 from edadm_cli.engines.cuda.products.lowering import Lowering
 from edadm_cli.engines.cuda.products.product import IntegerConv2d, IntegerLinear, Product
 from edadm_cli.engines.parity import compare_layers, relative_l2

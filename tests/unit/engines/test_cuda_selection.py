@@ -16,11 +16,11 @@ from edadm_cli.engines.base import EngineOptions, LayerExecution
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda import engine as engine_module
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
-from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
-from edadm_cli.engines.cuda.fused_stages.attention import FusedAttention
+from edadm_cli.engines.cuda.fused_blocks.assembly import Assembly
+from edadm_cli.engines.cuda.fused_blocks.attention import FusedAttention
 from edadm_cli.engines.cuda.products.layout import rows_of
 from edadm_cli.engines.cuda.products.lowering import Lowering
-from edadm_cli.engines.cuda.products.norms import NormStage
+from edadm_cli.engines.cuda.products.norms import Normalization
 from edadm_cli.engines.cuda.products.product import FloatProduct
 from edadm_cli.engines.cuda.selection import Use, _recorded, faster_in_float
 from edadm_cli.engines.cuda.times import MeasuredTimes, ProductTime, SourceTime, measured_times, table
@@ -201,9 +201,9 @@ def test_a_normalization_runs_once_for_layers_that_are_kept(quantized: nn.Module
     uses = uses_of(quantized, call)
     measure(times_of(uses, tuple(label for label in uses if "attn" in label)))
     model = CudaEngine().compile(quantized, *call, CPU).model  # type: ignore[attr-defined]
-    stages = [stage for module in model.modules() for stage in getattr(module, "norms", [])]
-    assert stages
-    assert all(isinstance(stage, NormStage) and stage.is_fused != stage.needs_float for stage in stages)
+    norms = [norm for module in model.modules() for norm in getattr(module, "norms", [])]
+    assert norms
+    assert all(isinstance(norm, Normalization) and norm.is_fused != norm.needs_float for norm in norms)
 
 
 def test_the_table_of_the_package_is_read_and_knows_nothing_of_a_cpu() -> None:

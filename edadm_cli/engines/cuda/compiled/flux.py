@@ -14,7 +14,7 @@ from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct, as_rows
 _BLOCK = "FluxSingleTransformerBlock"
 
 
-class FluxSingleStage(nn.Module):
+class FluxSingleBlock(nn.Module):
     """Computes a diffusers `FluxSingleTransformerBlock` whose two halves are two tensors of codes.
 
     Queries, keys, values and the feed-forward half are computed in one launch. The last layer reads the codes of both
@@ -84,11 +84,11 @@ class FluxSingleStage(nn.Module):
 
 
 def fuse_single_blocks(model: nn.Module, product: KernelProduct) -> None:
-    """Replaces the single-stream blocks of a deployed FLUX that `FluxSingleStage` supports, in place."""
+    """Replaces the single-stream blocks of a deployed FLUX that `FluxSingleBlock` supports, in place."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child).__name__ == _BLOCK and _fits(child):
-                setattr(parent, name, FluxSingleStage(child, product))
+                setattr(parent, name, FluxSingleBlock(child, product))
 
 
 def _fits(block: Any) -> bool:

@@ -1,6 +1,6 @@
 """Runs any denoiser on the kernels: its own `forward`, with layers that multiply their codes, compiled by torch.
 
-Denoisers of a known structure are assembled from fused stages instead; see `assembly`.
+Denoisers of a known structure are assembled from fused blocks instead; see `assembly`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAX_SHAPES = 64
 """The largest number of compilations of one block for different input sizes; beyond its own limit, 8, torch raises."""
 
 
-def has_fused_stages(denoiser: nn.Module) -> bool:
+def has_fused_blocks(denoiser: nn.Module) -> bool:
     """Returns whether `assembly` supports the structure of a denoiser, which is so for UNets of residual blocks."""
     return any(type(module).__name__ == _FUSED_STRUCTURE for module in denoiser.modules())
 

@@ -1,4 +1,4 @@
-"""Turns layers into products and normalizations into stages, and notes which layers do not run in integers, and why."""
+"""Turns layers into products and joins them with normalizations; notes which do not run in integers, and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import edadm_kernels as kernels
 from edadm_cli.engines.adapters import SideBranch
 from edadm_cli.engines.cuda.products.adapted import AdaptedProduct
-from edadm_cli.engines.cuda.products.norms import NormStage
+from edadm_cli.engines.cuda.products.norms import Normalization
 from edadm_cli.engines.cuda.products.product import FloatProduct, IntegerConv2d, IntegerLinear, Product, SplitProduct
 from edadm_cli.engines.cuda.products.quantizer import Quantizer
 from edadm_cli.quant.layers import QuantizedLayer
@@ -25,9 +25,9 @@ FLOAT_INPUT = "its input stays in floating point"
 
 
 def refusal(layer: QuantizedLayer) -> str | None:
-    """Returns a clause that says why the fused stages cannot run a layer; `None` if they can."""
+    """Returns a clause that says why the fused blocks cannot run a layer; `None` if they can."""
     if layer.transform is not None:
-        return f"the fused stages do not have the transform '{layer.transform.name}' of its input"
+        return f"the fused blocks do not have the transform '{layer.transform.name}' of its input"
     return product_refusal(layer)
 
 
@@ -54,7 +54,7 @@ def product_refusal(layer: QuantizedLayer) -> str | None:
 
 @dataclass
 class Lowering:
-    """Turns layers into products and the normalizations before them into stages, and notes how each layer runs.
+    """Turns layers into products, joins them with the normalizations before them, and notes how each layer runs.
 
     Attributes:
         device: The device of the products.
@@ -96,9 +96,11 @@ class Lowering:
             return product
         return AdaptedProduct(product, branch.to(self.device, self.dtype))
 
-    def norm(self, norm: nn.Module, consumers: list[Product], silu: bool, shortcut: Product | None = None) -> NormStage:
-        """Returns the stage of a normalization, which prepares the inputs of `consumers`; see `NormStage`."""
-        return NormStage(norm, consumers, silu, self.dtype, self.device, shortcut)
+    def norm(
+        self, norm: nn.Module, consumers: list[Product], silu: bool, shortcut: Product | None = None
+    ) -> Normalization:
+        """Returns a normalization that prepares the inputs of `consumers`."""
+        return Normalization(norm, consumers, silu, self.dtype, self.device, shortcut)
 
     def can_pack(self, layer: QuantizedLayer) -> bool:
         """Returns whether a layer's weights stay packed."""

@@ -14,7 +14,7 @@ from edadm_cli.engines.cuda.products.quantizer import Quantizer
 MAX_QUANTIZERS = 3
 
 
-class NormStage(nn.Module):
+class Normalization(nn.Module):
     """Computes a GroupNorm (with or without SiLU) or LayerNorm, and the inputs of the layers that read it.
 
     Layers with equal quantizers share one output. The kernels support at most three quantizers of one width. Otherwise

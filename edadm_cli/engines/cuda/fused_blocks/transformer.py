@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import edadm_kernels as kernels
-from edadm_cli.engines.cuda.fused_stages.attention import FusedAttention
+from edadm_cli.engines.cuda.fused_blocks.attention import FusedAttention
 from edadm_cli.engines.cuda.products.layout import channels_last, image_of, quantizable, rows_of
 from edadm_cli.engines.cuda.products.lowering import Lowering
 from edadm_cli.engines.cuda.products.product import IntegerLinear, Product, packed
@@ -104,7 +104,7 @@ class FusedTransformerBlock(nn.Module):
         block: The original block, which supplies the norms.
         attentions: The self-attention, and the cross-attention if the block has one.
         feed_forward: The feed-forward layer.
-        lowering: It turns the normalizations into stages.
+        lowering: It joins the normalizations with the layers that read them.
 
     Attributes:
         reader: The only layer that reads the output, if the block returns its codes.
@@ -160,7 +160,7 @@ class FusedTransformer2D(nn.Module):
     Args:
         model: The original model, which supplies the norm and the blocks, which are replaced already.
         layers: The products of `proj_in` and `proj_out`.
-        lowering: It turns the normalization into a stage.
+        lowering: It joins the normalization with the layer that reads it.
     """
 
     def __init__(self, model: Any, layers: tuple[Product, Product], lowering: Lowering) -> None:

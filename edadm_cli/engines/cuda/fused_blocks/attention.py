@@ -14,7 +14,7 @@ from edadm_cli.engines.cuda.graph_passes.attention_graph import attend_int8_pays
 from edadm_cli.engines.cuda.products.adapted import AdaptedProduct, base_of, merge_adapted
 from edadm_cli.engines.cuda.products.layout import channels_last, image_of, rows_of
 from edadm_cli.engines.cuda.products.lowering import Lowering
-from edadm_cli.engines.cuda.products.norms import NormStage
+from edadm_cli.engines.cuda.products.norms import Normalization
 from edadm_cli.engines.cuda.products.product import FloatProduct, IntegerLinear, Product, merge, merge_floats
 from edadm_cli.engines.cuda.state import Pair, PromptCache
 from edadm_cli.quant.attention import QuantizedAttention
@@ -81,7 +81,7 @@ class FusedAttention(nn.Module):
         if prompt is not None:
             self.context = Projections([k, v])
             self.place = prompt.add(self._pair)
-        self.norm: NormStage | None = None
+        self.norm: Normalization | None = None
 
     def use_norm(self, norm: nn.Module, lowering: Lowering) -> None:
         """Runs the GroupNorm of the attention before the projections."""

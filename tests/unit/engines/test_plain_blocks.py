@@ -173,7 +173,7 @@ def test_the_prompt_of_a_pixart_is_projected_once_and_followed() -> None:
 @pytest.mark.parametrize("family", ["dit", "pixart", "sd3", "flux"])
 @torch.no_grad()
 def test_what_the_engine_compiles_is_one_graph(family: str) -> None:
-    """The path of a GPU, stages and all, by the reference kernels."""
+    """The path of a GPU, fused blocks and all, by the reference kernels."""
     denoiser, call = three_blocks() if family == "dit" else quantized_denoiser(family)
     model, _ = build_plain(denoiser, torch.device("cpu"), torch.float32)
     torch._dynamo.reset()

@@ -25,7 +25,7 @@ class FusedResidualBlock(nn.Module):
         shortcut: The product of the shortcut, or `None`.
         time_bias: A function from the time embedding to the bias per sample and channel, `[N, C]`; `None` if there is
             no time embedding.
-        lowering: It turns the normalizations into stages.
+        lowering: It joins the normalizations with the layers that read them.
     """
 
     def __init__(

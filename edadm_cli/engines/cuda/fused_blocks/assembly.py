@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from edadm_cli.engines.base import AttentionForm, LayerExecution
-from edadm_cli.engines.cuda.fused_stages.attention import FusedAttention
-from edadm_cli.engines.cuda.fused_stages.residual import (
+from edadm_cli.engines.cuda.fused_blocks.attention import FusedAttention
+from edadm_cli.engines.cuda.fused_blocks.residual import (
     FusedDownsample,
     FusedOutput,
     FusedResidualBlock,
@@ -20,7 +20,7 @@ from edadm_cli.engines.cuda.fused_stages.residual import (
     FusedUpsample,
     TimeBias,
 )
-from edadm_cli.engines.cuda.fused_stages.transformer import (
+from edadm_cli.engines.cuda.fused_blocks.transformer import (
     FusedFeedForward,
     FusedTransformer2D,
     FusedTransformerBlock,
