@@ -91,7 +91,7 @@ def test_gelu_on_the_grid_of_a_loaded_layer(
     poison((m, n), torch.int8)
     actual = linear_gelu_to_codes(*arguments, out_scale.reciprocal(), zero_point.float() - 128, num_bits)
     expected = reference.linear_gelu(*arguments, out_scale, zero_point, num_bits)
-    assert expected.unique().numel() > 8
+    assert expected.unique().numel() > 4
     assert (actual.int() - expected.int()).abs().max() <= 1
     is_fused = k % 16 == 0 and n % 16 == 0
     assert int((actual != expected).sum()) <= 1 + (1e-3 if is_fused else 2e-2) * actual.numel()
@@ -118,7 +118,7 @@ def test_gated_rows_in_the_order_of_a_layer(
     actual = linear_geglu_to_codes(x, weight, *vectors, out_scale.reciprocal(), zero_point.float() - 128, num_bits)
     alternating = [None if values is None else pack_geglu(values) for values in (weight, *vectors)]
     expected = reference.linear_geglu(x, *alternating, out_scale, zero_point, num_bits)
-    assert expected.unique().numel() > 8
+    assert expected.unique().numel() > 4
     assert (actual.int() - expected.int()).abs().max() <= 1
     assert int((actual != expected).sum()) <= 1 + 1e-3 * actual.numel()
     if uses_hopper(x) and k % 16 == 0:
