@@ -1,4 +1,4 @@
-"""Measures budgets of bits that are planned from two kinds of errors, beside equal bits of the same average.
+"""Measures budgets of bits that are planned from three kinds of errors, beside equal bits of the same average.
 
     python benchmarks/planned_bits.py --out studies/planned --models digits-ddpm,digits-sd --seeds 0-2 --workers 6
     python benchmarks/learner_table.py studies/planned --export docs/data/planned.jsonl
@@ -7,9 +7,10 @@ Rows of the recipe `default`, or of another variant, at each of `--bits`:
 
 - `equal bits`: `w4a8` or `w3a8`;
 - `planned`: an average of as many bits per weight, or that of `auto:4.5a8`, planned as `--bits auto:` plans it, from
-  errors of weights that are rounded to nearest;
-- `planned after learning`: the errors of `planned` at two to four bits, times the share of the loss of the layer's unit
-  that learning left with equal bits.
+  the geometric mean of the errors of nearest rounding and GPTQ;
+- `planned for nearest rounding`: from the errors of weights that are rounded to nearest;
+- `planned after learning`: the same errors at two to four bits, times the share of the loss of the layer's unit that
+  learning left with equal bits.
 
 Each row leaves one JSON file below OUT/results with the metrics of `benchmarks/learner.py`; the same command skips what
 is there. Nothing is downloaded.
@@ -21,7 +22,8 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,14 +35,15 @@ if TYPE_CHECKING:
     from edadm_cli.artifacts import LayerSensitivity, RunFolder
     from edadm_cli.recipe import Recipe
 
-EQUAL, PLANNED, LEARNED = "equal bits", "planned", "planned after learning"
+EQUAL, PLANNED = "equal bits", "planned"
+NEAREST, LEARNED = "planned for nearest rounding", "planned after learning"
 LEARNED_BITS = 4  # learning changes little at more
 COLUMNS = ("hard", "held_out", "one_step", "guided", "final")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures: all rows of a model and a seed."""
+    """What all rows of a model and a seed share."""
 
     out: Path
     model: str
@@ -69,8 +72,8 @@ class Case:
         return self.out / "results" / self.model / f"seed{self.seed}" / f"{name}.json"
 
 
-def prepare(case: Case) -> RunFolder:
-    """Collects trajectories, chooses the calibration set and measures the layers; returns the run."""
+def prepare(case: Case) -> None:
+    """Collects trajectories, chooses the calibration set and measures the layers."""
     from edadm_cli.collect.stage import run as collect
     from edadm_cli.config import CollectConfig, SensitivityConfig
     from edadm_cli.sensitivity.stage import run as measure_sensitivity
@@ -81,7 +84,6 @@ def prepare(case: Case) -> RunFolder:
     recipe = variant_recipe(case.variant, None)[0]
     sizes = {"activation_bits": (8,), "num_images": case.final_images}
     measure_sensitivity(SensitivityConfig(recipe=recipe, **sizes, **case.shared), folder)
-    return folder
 
 
 def choose(case: Case, folder: RunFolder) -> None:
@@ -130,21 +132,22 @@ def equal_bits(bits: str) -> str:
     return f"w{width.weight}a{width.activation}" if width.is_mixed else bits
 
 
-def shares_left(case: Case, bits: str) -> Callable[[str, int], float]:
-    """Returns a function of a unit and a number of bits: the share of the unit's loss that learning has left."""
+def factor(case: Case, label: str, bits: str, layer: LayerSensitivity, width: int) -> float:
+    """Returns by what a plan multiplies a layer's error at a number of bits."""
+    nearest = 1 / (layer.learning_factor or 1.0)
+    if label == PLANNED:
+        return 1.0
+    if label == NEAREST or width > LEARNED_BITS:
+        return nearest
     losses: Mapping[str, tuple[float | None, float | None]] = json.loads(
         case.result(EQUAL, equal_bits(bits)).read_text()
     )["left"]
-
-    def share(unit: str, width: int) -> float:
-        before, after = losses.get(unit, (None, None))
-        return after / before if width <= LEARNED_BITS and before and after else 1.0
-
-    return share
+    before, after = losses.get(layer.unit, (None, None))
+    return nearest * (after / before if before and after else 1.0)
 
 
-def plans(case: Case, bits: str) -> dict[str, dict[str, int]]:
-    """Returns the bits of each layer by the label of the plan, for a budget or the average of equal bits."""
+def planned(case: Case, label: str, bits: str) -> dict[str, int]:
+    """Returns the bits of each layer in a plan, for a budget or the average of equal bits."""
     import torch
 
     from edadm_cli.artifacts import Sensitivity
@@ -164,34 +167,34 @@ def plans(case: Case, bits: str) -> dict[str, dict[str, int]]:
     average = sum(equal[name].weight_bits * size for name, size in sizes.items()) / sum(sizes.values())
     given = BitWidth.parse(bits)
     budget = given if given.is_mixed else BitWidth(weight=int(average), activation=8, average=average)
-    share, chosen = shares_left(case, bits), {}
-    factors: dict[str, Callable[[LayerSensitivity, int], float]] = {
-        PLANNED: lambda layer, width: 1.0,
-        LEARNED: lambda layer, width: share(layer.unit, width),
-    }
-    for label, factor in factors.items():
-        layers = tuple(
-            layer.model_copy(
-                update={"weight_errors": {b: error * factor(layer, b) for b, error in layer.weight_errors.items()}}
-            )
-            for layer in measured.layers
-        )
-        costs = layer_costs(measured.model_copy(update={"layers": layers}), budget, recipe, denoiser, traced)
-        chosen[label] = spend_budget(budget, [costs])
-    return chosen
+    layers = tuple(
+        layer.model_copy(update={"weight_errors": {b: factor(case, label, bits, layer, b) * e for b, e in errors}})
+        for layer in measured.layers
+        for errors in [layer.weight_errors.items()]
+    )
+    costs = layer_costs(measured.model_copy(update={"layers": layers}), budget, recipe, denoiser, traced)
+    return spend_budget(budget, [costs])
 
 
-def work(case: Case) -> None:
-    """Measures all rows of a model and a seed."""
+def work(row: tuple[Case, str, str]) -> None:
+    """Measures a row; one that is planned after learning waits for that with equal bits, which was begun before it."""
     from edadm_cli.recipe import LayerRule
 
-    prepare(case)
+    case, label, bits = row
     recipe = variant_recipe(case.variant, case.iterations)[0]
-    for bits in case.widths:
-        measure(case, EQUAL, equal_bits(bits), recipe)
-        for label, widths in plans(case, bits).items():
-            rules = tuple(LayerRule(pattern=name, weight_bits=width) for name, width in widths.items())
-            measure(case, label, bits, recipe.model_copy(update={"layers": (*recipe.layers, *rules)}))
+    rules: tuple[LayerRule, ...] = ()
+    if label != EQUAL:
+        while label == LEARNED and not case.result(EQUAL, equal_bits(bits)).is_file():
+            time.sleep(1)
+        rules = tuple(LayerRule(pattern=name, weight_bits=b) for name, b in planned(case, label, bits).items())
+    measure(case, label, bits, recipe.model_copy(update={"layers": (*recipe.layers, *rules)}))
+
+
+def rows_of(cases: list[Case], labels: list[str]) -> list[tuple[Case, str, str]]:
+    """Returns the rows of all models and seeds, those with equal bits first."""
+    equal = [(case, EQUAL, bits) for case in cases for bits in dict.fromkeys(map(equal_bits, case.widths))]
+    others = [(case, label, bits) for label in labels for bits in cases[0].widths for case in cases if label != EQUAL]
+    return [*(equal if EQUAL in labels else []), *others]
 
 
 def main() -> None:
@@ -201,25 +204,29 @@ def main() -> None:
     parser.add_argument("--models", default="digits-ddpm,digits-sd")
     parser.add_argument("--seeds", default="0-2", help="such as 0-2")
     parser.add_argument("--bits", default="w4a8,w3a8", help="bit widths and averages such as auto:4.5a8")
+    parser.add_argument("--plans", default=",".join((EQUAL, PLANNED, NEAREST, LEARNED)), help="which kinds of rows")
     parser.add_argument("--variant", default="default", help="as in benchmarks/learner.py")
     parser.add_argument("--final-images", type=int, default=16, help="images by which the sensitivity is measured")
     parser.add_argument("--trajectories", type=int, default=256, help="number of trajectories per collection")
     parser.add_argument("--images", type=int, default=128, help="held-out trajectories")
     parser.add_argument("--iterations", type=int, help="at most so many optimizer steps per unit: for a trial")
     parser.add_argument("--devices", default="auto", help="cpu, or numbers of GPUs such as 0,1; auto takes all")
-    parser.add_argument("--workers", type=int, default=1, help="models and seeds at a time, over all devices")
+    parser.add_argument("--workers", type=int, default=1, help="rows at a time, over all devices")
     options = parser.parse_args()
     sizes = (options.trajectories, options.images, options.iterations, tuple(options.bits.split(",")))
     choices = (options.variant, options.final_images)
     seeds, models = seeds_of(options.seeds), options.models.split(",")
     cases = [Case(options.out, model, seed, *sizes, *choices) for seed in seeds for model in models]
+    labels = options.plans.split(",")
+    if LEARNED in labels and EQUAL not in labels:
+        labels.append(EQUAL)
     context = multiprocessing.get_context("spawn")
     devices, names = context.Queue(), device_names(options.devices)
     for index in range(options.workers):
         devices.put(names[index % len(names)])
     with context.Pool(options.workers, begin, (devices,)) as pool:
-        for _ in pool.imap_unordered(work, cases):
-            pass
+        pool.map(prepare, cases, 1)
+        pool.map(work, rows_of(cases, labels), 1)
         pool.close()
         pool.join()
     print(table(read_rows([options.out]), COLUMNS))

@@ -31,6 +31,9 @@ class LayerSensitivity(BaseModel):
         description="bits of the weights in groups, the input in float -> error; empty where no groups were measured",
     )
     final_ratio: Error | None = Field(None, description="of earlier versions: a factor that errors of weights contain")
+    learning_factor: Error | None = Field(
+        None, description="how learning or GPTQ changes the errors of weights, which contain it; null: nearest rounding"
+    )
     activation_errors: dict[Width, Error] = Field(
         description="bits of the input, the weights in float -> error; empty where the input stays in float"
     )

@@ -31,6 +31,7 @@ from edadm_cli.models.sources.from_folder import first_sentence
 from edadm_cli.models.units import trace, units
 from edadm_cli.progress import Reporter
 from edadm_cli.quant.plan import name_within
+from edadm_cli.recipe import Recipe
 from edadm_cli.sensitivity.candidates import LayerCandidates, layer_candidates
 from edadm_cli.sensitivity.effects import measure_effects
 from edadm_cli.sensitivity.plot import plot_sensitivity
@@ -274,17 +275,35 @@ def _rows(layers: Layers, progress: Progress) -> list[LayerSensitivity]:
     for name, layer in layers.candidates.items():
         full_name = name_within(place, name)
         errors = iter([_typical(values) for values in progress.effects[full_name]])
+        of_weights = {bits: next(errors) for bits in layer.weight_bits}
+        of_groups = {bits: next(errors) for bits in layer.grouped_bits}
+        by_gptq = {bits: next(errors) for bits in layer.gptq_bits}
+        factor = _learning_factor(of_weights, by_gptq, layers.part.task.config.recipe)
         rows.append(
             LayerSensitivity(
                 name=full_name,
                 unit=name_within(place, layers.unit_of.get(name, name)),
                 num_weights=layer.layer.get_parameter("weight").numel(),
-                weight_errors={bits: next(errors) for bits in layer.weight_bits},
-                group_errors={bits: next(errors) for bits in layer.grouped_bits},
+                weight_errors={bits: error * (factor or 1.0) for bits, error in of_weights.items()},
+                group_errors={bits: error * (factor or 1.0) for bits, error in of_groups.items()},
+                learning_factor=factor,
                 activation_errors={bits: next(errors) for bits in layer.activation_bits},
             )
         )
     return rows
+
+
+def _learning_factor(nearest: dict[int, float], by_gptq: dict[int, float], recipe: Recipe) -> float | None:
+    """Returns the factor by which the recipe's rounding changes the error of a layer; `None` for nearest rounding.
+
+    GPTQ lets the errors of an output channel's weights cancel each other where their inputs are alike, as learning
+    does. What learning leaves is best predicted by the geometric mean of the errors of GPTQ and nearest rounding
+    (docs/results-digits.md, Mixed bits).
+    """
+    for bits, error in by_gptq.items():
+        ratio = error / max(nearest[bits], 1e-30)
+        return ratio if recipe.rounding == "gptq" else ratio**0.5
+    return None
 
 
 def _typical(errors: list[float]) -> float:

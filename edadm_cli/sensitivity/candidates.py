@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.calibrate.gptq import gptq_params
 from edadm_cli.calibrate.nearest import nearest_codes
 from edadm_cli.calibrate.ranges import search_activation_ranges, search_weight_scales
 from edadm_cli.calibrate.transforming import input_quantizer
@@ -17,6 +18,9 @@ from edadm_cli.models.units import Trace
 from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
+from edadm_cli.recipe import RangeRecipe
+
+_REFERENCE_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,9 @@ class LayerCandidates:
         weight_bits: Bits of the weight with one scale per output channel.
         grouped_bits: Bits of the weight in groups.
         activation_bits: Bits of the input; empty where it stays in float.
-        weight_changes: The rounded weight minus the weight, for `weight_bits` and then `grouped_bits`, with shape
-            `(len(weight_bits) + len(grouped_bits), C_out, ...)`.
+        gptq_bits: Bits of the weight if GPTQ rounds it, one number or none; all others are rounded to nearest.
+        weight_changes: The rounded weight minus the weight, for `weight_bits`, `grouped_bits` and `gptq_bits`, with
+            shape `(B, C_out, ...)`.
         plan: The layer's plan, which says how its input is split into channel parts.
         input_quantizers: Of each number of `activation_bits`, the quantizer of each channel part of the input.
     """
@@ -38,6 +43,7 @@ class LayerCandidates:
     weight_bits: tuple[int, ...]
     grouped_bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
+    gptq_bits: tuple[int, ...]
     weight_changes: Tensor
     plan: LayerPlan
     input_quantizers: tuple[tuple[InputQuantizer, ...], ...]
@@ -45,7 +51,7 @@ class LayerCandidates:
     @property
     def count(self) -> int:
         """The number of candidates."""
-        return len(self.weight_bits) + len(self.grouped_bits) + len(self.activation_bits)
+        return len(self.weight_changes) + len(self.activation_bits)
 
     @torch.no_grad()
     def output_changes(self, x: Tensor) -> Tensor:
@@ -53,7 +59,7 @@ class LayerCandidates:
 
         Returns:
             The changes, with shape `(n, count, M)` for an output of n rows with M values each: those of `weight_bits`
-            come first, then those of `grouped_bits` and `activation_bits`.
+            come first, then those of `grouped_bits`, `gptq_bits` and `activation_bits`.
         """
         operation, x = Operation.of(self.layer), x.detach()
         changes = [self._changes_by_weights(operation, x)]
@@ -95,9 +101,7 @@ def layer_candidates(
     Raises:
         InputError: A weight or an activation is not finite.
     """
-    ranges = config.recipe.ranges
-    if ranges.weight == "output-error":  # its statistics belong to a whole plan, but here single layers are compared
-        ranges = ranges.model_copy(update={"weight": "search"})
+    ranges = _ranges(config)
     weights: dict[str, list[Tensor]] = {name: [] for name in full}
     widths = [*((bits, None) for bits in config.weight_bits), *((b, config.group_size) for b in config.grouped_bits)]
     for bits, size in widths:
@@ -109,6 +113,9 @@ def layer_candidates(
         for name, plan in layers.items():
             weight = denoiser.get_submodule(name).get_parameter("weight").detach()
             weights[name].append(weight_change(weight, name, plan, scales))
+    by_gptq = _gptq_changes(config, denoiser, traced, full, calls)
+    for name, change in by_gptq.items():
+        weights[name].append(change)
     quantized = {name: plan for name, plan in full.items() if plan.input_grid is not None}
     inputs: dict[str, list[tuple[InputQuantizer, ...]]] = {name: [] for name in full}
     for bits in config.activation_bits:
@@ -125,12 +132,48 @@ def layer_candidates(
             config.weight_bits,
             config.grouped_bits,
             config.activation_bits if name in quantized else (),
+            (reference_bits(config),) if name in by_gptq else (),
             torch.stack(weights.pop(name)),
             plan,
             tuple(inputs[name]),
         )
         for name, plan in full.items()
     }
+
+
+def reference_bits(config: SensitivityConfig) -> int:
+    """Returns the number of bits at which nearest rounding and GPTQ are compared: the closest to four."""
+    return min(config.weight_bits, key=lambda bits: (abs(bits - _REFERENCE_BITS), bits))
+
+
+def _gptq_changes(
+    config: SensitivityConfig, denoiser: nn.Module, traced: Trace, full: Mapping[str, LayerPlan], calls: list[Call]
+) -> dict[str, Tensor]:
+    """Returns the changes of the weights that GPTQ rounds by inputs at full precision; none where it does not apply.
+
+    These are the layers with one group, if the recipe learns rounding or rounds by GPTQ.
+    """
+    if config.recipe.rounding != "gptq" and config.recipe.learn.granularity == "none":
+        return {}
+    layers = {
+        name: LayerPlan(weight_bits=reference_bits(config), channel_parts=plan.channel_parts)
+        for name, plan in full.items()
+        if Operation.of(denoiser.get_submodule(name)).groups == 1
+    }
+    plan, changes = QuantizationPlan(layers=layers), dict[str, Tensor]()
+    params = gptq_params(denoiser, traced, plan, search_weight_scales(traced, plan, _ranges(config)), calls)
+    for name, layer in layers.items():
+        weight = denoiser.get_submodule(name).get_parameter("weight").detach()
+        parts = [(params[f"{part}.weight_int"], params[f"{part}.weight_scale"]) for part in layer.part_names(name)]
+        rounded = [codes * scale.reshape(-1, *[1] * (weight.dim() - 1)) for codes, scale in parts]
+        changes[name] = torch.cat(rounded, 1).to(weight) - weight
+    return changes
+
+
+def _ranges(config: SensitivityConfig) -> RangeRecipe:
+    """Returns how ranges are searched: statistics of a whole plan's inputs do not belong to single layers."""
+    ranges = config.recipe.ranges
+    return ranges.model_copy(update={"weight": "search"}) if ranges.weight == "output-error" else ranges
 
 
 def weight_change(weight: Tensor, name: str, plan: LayerPlan, scales: Mapping[str, Tensor]) -> Tensor:

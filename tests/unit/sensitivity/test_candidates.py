@@ -20,7 +20,8 @@ from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 from edadm_cli.recipe import load_recipe
 from edadm_cli.sensitivity.candidates import LayerCandidates, layer_candidates
 
-RECIPE = load_recipe("default")
+LEARNED = load_recipe("default")
+RECIPE = LEARNED.model_copy(update={"learn": LEARNED.learn.model_copy(update={"granularity": "none"})})
 CONFIG = SensitivityConfig(recipe=RECIPE, weight_bits=(3, 8), activation_bits=(4,), group_size=8)
 
 
@@ -42,7 +43,8 @@ class Net(nn.Module):
 def measured() -> tuple[Net, Trace, Any, dict[str, LayerCandidates]]:
     torch.manual_seed(0)
     net = Net().requires_grad_(False)
-    call: Call = ((torch.randn(4, 3, 12, 12),), {})
+    smooth = nn.functional.interpolate(torch.randn(4, 3, 4, 4), size=12, mode="bilinear")
+    call: Call = ((smooth,), {})
     traced = trace(net, *call)
     full = plan_network(traced, RECIPE, BitWidth(weight=8, activation=8)).layers
     return net, traced, call, layer_candidates(CONFIG, net, traced, full, [call])
@@ -77,3 +79,24 @@ def test_changes_are_those_of_the_deployed_layer(measured: Any, name: str) -> No
             assert torch.allclose(changes[:, number], change, atol=1e-5)
         else:  # the deployed layer also rounds the weight to eight bits, which matters little
             assert (changes[:, number] - change).norm() < 0.1 * change.norm()
+
+
+def test_gptq_rounds_once_more_where_the_recipe_learns(measured: Any) -> None:
+    net, traced, call, nearest = measured
+    full = {name: candidates.plan for name, candidates in nearest.items()}
+    learned = layer_candidates(CONFIG.model_copy(update={"recipe": LEARNED}), net, traced, full, [call])
+    inputs: dict[nn.Module, Tensor] = {}
+    with Hooks() as hooks:
+        for layer in net.children():
+            hooks.before(layer, lambda layer, x: inputs.update({layer: x[0]}))
+        net(*call[0])
+    for name, each in learned.items():
+        if name == "grouped":  # GPTQ does not round it
+            assert not each.gptq_bits
+            assert each.count == nearest[name].count
+            continue
+        errors = each.output_changes(inputs[each.layer]).square().sum((0, 2))
+        number = len(each.weight_bits) + len(each.grouped_bits)
+        assert each.gptq_bits == (3,), "the measured number of bits that is closest to four"
+        assert errors[number] < 0.8 * errors[0], name
+        assert torch.equal(each.weight_changes[:number], nearest[name].weight_changes)

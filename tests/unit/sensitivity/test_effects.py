@@ -61,7 +61,7 @@ def _candidates(denoiser: Denoiser) -> dict[str, LayerCandidates]:
     for name, layer in denoiser.named_children():
         shape = layer.get_parameter("weight").shape
         changes = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        candidates[name] = LayerCandidates(layer, (2, 4), (), (), changes, LayerPlan(weight_bits=8), ())
+        candidates[name] = LayerCandidates(layer, (2, 4), (), (), (), changes, LayerPlan(weight_bits=8), ())
     return candidates
 
 
