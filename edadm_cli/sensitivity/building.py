@@ -221,7 +221,7 @@ def _measure_some(
             guidance_scale=sampling.guidance_scale,
         ),
     )
-    directions = _directions(recorded.final, sampling.seeds[images], task.config.seed)
+    directions = random_directions(recorded.final, sampling.seeds[images], task.config.seed)
     candidates = {each.part.place: each.candidates for each in layers}
     num_steps = {each.part.place: each.part.num_steps for each in layers}
     measured = measure_effects(recorded, denoisers, candidates, directions, num_steps)
@@ -260,7 +260,7 @@ def _explained(model: LoadedModel) -> Iterator[None]:
         ) from error
 
 
-def _directions(final: Tensor, seeds: Sequence[int], seed: int) -> Tensor:
+def random_directions(final: Tensor, seeds: Sequence[int], seed: int) -> Tensor:
     """Returns random directions `[K, N, *]` for final samples `[N, *]`; those of an image depend on its seed alone."""
     directions = []
     for image in seeds:
@@ -274,7 +274,7 @@ def _rows(layers: Layers, progress: Progress) -> list[LayerSensitivity]:
     rows, place = [], layers.part.place
     for name, layer in layers.candidates.items():
         full_name = name_within(place, name)
-        errors = iter([_typical(values) for values in progress.effects[full_name]])
+        errors = iter([typical_error(values) for values in progress.effects[full_name]])
         of_weights = {bits: next(errors) for bits in layer.weight_bits}
         of_groups = {bits: next(errors) for bits in layer.grouped_bits}
         by_gptq = {bits: next(errors) for bits in layer.gptq_bits}
@@ -306,7 +306,7 @@ def _learning_factor(nearest: dict[int, float], by_gptq: dict[int, float], recip
     return None
 
 
-def _typical(errors: list[float]) -> float:
+def typical_error(errors: list[float]) -> float:
     """Returns the geometric mean of errors over the images; single images that become others would decide a mean.
 
     Each error is a mean of the squares of K normal numbers, whose logarithm is too small by log(K / 2) - digamma(K / 2)

@@ -95,7 +95,6 @@ def test_the_error_at_eight_bits_is_the_distance_of_final_samples(run_folder: Pa
         factor = by_name[name].learning_factor
         assert factor is not None
         assert (by_name[name].weight_errors[8] / factor) ** 0.5 == pytest.approx(float(distance), rel=0.4)
-        assert 0.01 < factor < 1.2, "GPTQ and learning leave less"
 
 
 def test_steps_without_samples_at_the_end_are_steps_too(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
