@@ -194,7 +194,7 @@ def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) ->
         time_facts = {"model": row.model, "length": row.length, "row_seconds": result["row_seconds"]}
         write(study.out / "times" / study.result(row).name, time_facts)
         shown = ("row_seconds", "reconstruct_seconds", "one_step", "held_out", "final", "top1")
-        say("finished", row=row.name, **{name: result[name] for name in shown})
+        say("finished", row=row.name, **{name: result[name] for name in shown if name in result})
 
 
 def start(options: argparse.Namespace, until: float) -> None:
