@@ -177,6 +177,16 @@ class LearnRecipe(_Frozen):
         gt=0,
         description="Adam's step for values per channel, as a share of a scale or of the norm of a weight row",
     )
+    network_iterations: int = later(
+        0,
+        ge=0,
+        description="optimizer steps in which all units learn together on the error of the prediction, once each has"
+        " learned by itself; 0: none",
+    )
+    network_batch_size: int = later(32, ge=1, description="rows of those steps")
+    network_learning_rate: float = later(
+        3e-2, gt=0, description="Adam's step for the rounding variables alpha in those steps"
+    )
 
 
 class LayerRule(_Frozen):

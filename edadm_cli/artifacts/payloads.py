@@ -147,13 +147,13 @@ class _Learning(BaseModel):
     curve: tuple[float, ...] = Field((), description="what was minimised, at fewer than 100 equally spaced iterations")
     loss_soft: float | None = Field(None, description="at the end of learning, before h was rounded to 0 or 1")
     undecided: float | None = Field(None, description="share of the weights with 0.05 < h < 0.95 at that time")
-    is_nearest: bool = Field(False, description="whether it keeps its weights rounded to nearest")
+    is_nearest: bool = Field(False, description="whether learning made it worse, so that it stays as it was before")
 
 
 class UnitLosses(_Learning):
     """The losses of a unit that learned; a reconstruction keeps them in `unit.json` until it is complete."""
 
-    loss_before: float = Field(description="with weights rounded to nearest")
+    loss_before: float = Field(description="with weights rounded to nearest, or as the units have learned them")
     loss_after: float = Field(description="with the rounding that is deployed")
 
 
@@ -182,6 +182,7 @@ class Units(Payload):
     coverage: Coverage
     by_kind: dict[str, Count] = Field(description="kind of layer -> how many are quantized")
     loss: Loss
+    together: UnitLosses | None = Field(None, description="of the prediction, where all units learned together")
     warnings: tuple[str, ...] = Field((), description="what the user was warned of")
 
 

@@ -64,6 +64,11 @@ class Batches:
                 row_numbers.append(start * self.calibration.branches + branch * size + index - start)
         return row_numbers
 
+    def step_of_rows(self) -> list[int]:
+        """Returns the position in the sampler's loop of each row, in the order of the row numbers."""
+        steps = self.calibration.step_index.tolist()
+        return [steps[index] for part in self.indices() for _ in range(self.calibration.branches) for index in part]
+
     def of_every_step(self, count: int) -> list[int]:
         """Returns the indices of about `count` samples, as many of each step as it has, in the order of the steps.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from edadm_cli.artifacts import UnitLosses
 from edadm_cli.calibrate.nearest import nearest_params_of
 from edadm_cli.errors import InputError
 from edadm_cli.models.units import Unit
@@ -24,6 +25,7 @@ from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
 from edadm_cli.reconstruct.finished import FinishedUnits, find_links
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.network import SwitchableNetwork
+from edadm_cli.reconstruct.network_wise import WholeReconstruction, whole_denoiser
 from edadm_cli.reconstruct.rows import RowCache, Rows
 from edadm_cli.reconstruct.trainer import UnitLearner
 from edadm_cli.reconstruct.unit_data import UnitData, UnitResult, layer_targets
@@ -119,6 +121,33 @@ class BlockReconstruction:
         if finished is not None:
             finished.close()
         return results
+
+    def learn_together(self, units: Sequence[Unit], number: int, advance: Callable[[int], None]) -> UnitLosses:
+        """Learns units that have learned by themselves once more, all together, and freezes the result.
+
+        Args:
+            units: The units, in execution order.
+            number: The number of units of the denoiser.
+            advance: Progress callback, called after every iteration.
+        """
+        checkpoints, processes = self.workspace.checkpoints, self.workspace.processes
+        whole = whole_denoiser(self.network, units)
+        result = checkpoints.load(number, whole)
+        processes.wait()
+        if result is None:
+            together = WholeReconstruction(self.network, self.plan, self.ranges, self.batches, self.hyperparameters)
+            seed = unit_seed(self.seed, number)
+            result = together.learn(whole, self.params, seed, self.workspace.cache, advance, processes)
+            self.passes["full_precision"] += 1
+            if processes.is_main:
+                checkpoints.save(number, whole, result)
+            processes.wait()
+            if not processes.is_main:  # all processes continue with the bytes of the main process
+                result = checkpoints.load(number, whole) or result
+        self.params |= result.params
+        for unit in units:
+            freeze_unit(self.network, self.plan, unit, self.params)
+        return result.losses
 
     def _nearest(self, unit: Unit) -> dict[str, Tensor]:
         """Returns the parameters of a unit that does not learn."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from edadm_cli.artifacts import (
-    Build,
-    load_tensors,
-    save_tensors,
-)
+from edadm_cli.artifacts import Build, UnitLosses, load_tensors, save_tensors
 from edadm_cli.artifacts.quantization import PARAMS_FILE
 from edadm_cli.calibrate.gptq import gptq_params
 from edadm_cli.calibrate.nearest import nearest_params
@@ -72,21 +69,36 @@ def _build_denoiser(task: Task, place: str, folder: Path, reporter: Reporter) ->
     warnings = no_blocks(task, context)
     for warning in warnings if task.processes.is_main else ():
         reporter.warn(warning)
-    params, results, passes = _reconstruct(task, context, folder, reporter)
-    quantized = quantized_names(context.plan, params)
+    result = _reconstruct(task, context, folder, reporter)
+    quantized = quantized_names(context.plan, result.params)
     if task.processes.is_main:
-        save_tensors(folder / PARAMS_FILE, params)
-        summary(context, results, len(quantized), warnings).save(folder)
-    return passes
+        save_tensors(folder / PARAMS_FILE, result.params)
+        summary(context, result.units, result.together, len(quantized), warnings).save(folder)
+    return result.passes
 
 
-def _reconstruct(
-    task: Task, context: ReconstructionContext, folder: Path, reporter: Reporter
-) -> tuple[dict[str, Tensor], dict[str, UnitResult], dict[str, int]]:
-    """Returns the parameters, the result of each unit, and the number of passes of the calibration set by kind."""
+@dataclass(frozen=True)
+class Reconstructed:
+    """A denoiser that is reconstructed.
+
+    Attributes:
+        params: The parameters of all layers.
+        units: The result of each unit that learned, by name.
+        passes: How often the calibration set went through the denoiser, by kind.
+        together: The losses of the prediction where all units learned together as well.
+    """
+
+    params: dict[str, Tensor]
+    units: dict[str, UnitResult] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)
+    together: UnitLosses | None = None
+
+
+def _reconstruct(task: Task, context: ReconstructionContext, folder: Path, reporter: Reporter) -> Reconstructed:
+    """Searches ranges, then rounds or learns."""
     ranges = _ranges(task, context, folder, reporter)
     if not context.learning:
-        return _rounded(task, context, ranges), {}, {}
+        return Reconstructed(_rounded(task, context, ranges))
     budget = task.processes.share(rows_budget(task.config.memory_budget_mib, context, task.hyperparameters))
     cache = RowCache(folder, budget, task.device, shared=task.processes.count > 1)
     reconstruction = BlockReconstruction(
@@ -101,7 +113,19 @@ def _reconstruct(
     with reporter.task("reconstruct", len(context.units)) as advance:
         results = reconstruction.run(context.units, advance, {unit.name for unit in context.learning})
     report_gaps(results, task.hyperparameters, reporter)
-    return reconstruction.params, results, reconstruction.passes
+    together = _learn_together(task, context, reconstruction, reporter)
+    return Reconstructed(reconstruction.params, results, reconstruction.passes, together)
+
+
+def _learn_together(
+    task: Task, context: ReconstructionContext, reconstruction: BlockReconstruction, reporter: Reporter
+) -> UnitLosses | None:
+    """Learns all units together if the recipe says so; returns the losses of the prediction."""
+    iterations = task.hyperparameters.network_iterations
+    if not iterations:
+        return None
+    with reporter.task("learn all units together", iterations) as advance:
+        return reconstruction.learn_together(context.learning, len(context.units), advance)
 
 
 def _rounded(task: Task, context: ReconstructionContext, ranges: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,4 +37,4 @@ class UnitCheckpoints:
         save_json(unit_folder / "unit.json", result.losses.model_dump(mode="json"))
 
     def _folder_of(self, index: int, unit: Unit) -> Path:
-        return self.folder / f"{index:04d}-{unit.name}"
+        return self.folder / f"{index:04d}-{unit.name or 'denoiser'}"

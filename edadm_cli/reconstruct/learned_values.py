@@ -5,6 +5,7 @@ Each kind is one flat tensor, so that a step takes a few operations on long tens
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 from edadm_cli.quant.groups import per_weight
 from edadm_cli.quant.plan import LayerPlan
-from edadm_cli.quant.rounding import initial_alpha, rectified_sigmoid
+from edadm_cli.quant.rounding import initial_alpha, rectified_sigmoid, undecided_share
 
 _SMALLEST_SHARE = 1e-2
+_EDGE = 0.45  # of a code's cell, in codes
 
 
-class LearnedRounding:
-    """The rounding variables of all weights of a unit.
+class LearnedWeights(ABC):
+    """The weights of a unit, whose codes depend on learned variables.
 
     Args:
         weights: Full-precision weights by part name.
@@ -26,6 +28,8 @@ class LearnedRounding:
         plans: Their bits by part name.
         multipliers: The multipliers of the parts with groups, `[C_out, num_groups]` each.
     """
+
+    variables: nn.Parameter
 
     def __init__(
         self,
@@ -43,32 +47,44 @@ class LearnedRounding:
         self.multiplier = _multiplier_per_weight(weights, plans, multipliers or {})
         if self.multiplier is not None:
             self.scale = self.scale * self.multiplier
-        floor = (flat / self.scale).floor()
         grids = [plans[name].weight_grid for name in weights]
-        low = self._per_element([grid.quant_min for grid in grids], flat)
-        high = self._per_element([grid.quant_max for grid in grids], flat)
-        # clamp(floor + h, low, high) as down + is_free * h, because 0 <= h <= 1: a step needs no clamp of every weight
-        self.down, self.is_free = floor.clamp(low, high), ((floor >= low) & (floor < high)).to(flat.dtype)
-        self.alpha = nn.Parameter(initial_alpha(flat, self.scale))
-        self.sharpness = torch.ones((), device=flat.device)  # tau; changed in place for CUDA graphs
+        self.low = self._per_element([grid.quant_min for grid in grids], flat)
+        self.high = self._per_element([grid.quant_max for grid in grids], flat)
+        self._begin(flat)
+
+    @abstractmethod
+    def _begin(self, flat: Tensor) -> None:
+        """Sets the variables to their first values, from all weights as one flat tensor."""
+
+    @abstractmethod
+    def current(self, decided: bool) -> tuple[Tensor, Tensor]:
+        """Returns the codes, differentiable in the variables unless decided, and h, both flat."""
+
+    @abstractmethod
+    def sharpen(self, tau: float) -> None:
+        """Sets tau, which says how sharply h turns from 0 to 1."""
+
+    @abstractmethod
+    def undecided(self) -> float:
+        """Returns the share of the weights whose h is neither 0 nor 1: the deployed codes differ from those learned."""
 
     def weights(self, decided: bool, scales: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns the weights by part name, differentiable in alpha unless decided, and h, flat.
+        """Returns the weights by part name, differentiable in the variables unless decided, and h, flat.
 
         Args:
-            decided: Whether h is rounded to 0 or 1, as it is deployed.
+            decided: Whether codes are whole numbers, as they are deployed.
             scales: The scales of the parts, `[C_out]` each, if they are learned.
         """
-        up = (self.alpha.detach() >= 0).float() if decided else rectified_sigmoid(self.alpha, self.sharpness)
-        codes = torch.addcmul(self.down, self.is_free, up)
+        codes, up = self.current(decided)
         if scales is None:
             return self._split(codes * self.scale), up
         pieces = self._split(codes if self.multiplier is None else codes * self.multiplier)
         return {name: piece * scales[name].view(-1, *[1] * (piece.dim() - 1)) for name, piece in pieces.items()}, up
 
+    @torch.no_grad()
     def codes(self) -> dict[str, Tensor]:
-        """Returns the deployed integers by part name, int8: codes rounded up where h >= 0.5, times multipliers."""
-        codes = self.down + self.is_free * (self.alpha.detach() >= 0)
+        """Returns the deployed integers by part name, int8: codes times multipliers."""
+        codes, _ = self.current(decided=True)
         return self._split((codes if self.multiplier is None else codes * self.multiplier).to(torch.int8))
 
     def _split(self, flat: Tensor) -> dict[str, Tensor]:
@@ -78,6 +94,94 @@ class LearnedRounding:
     def _per_element(self, bounds: list[int], like: Tensor) -> Tensor:
         sizes = torch.tensor(self.sizes, device=like.device)
         return torch.tensor(bounds, device=like.device, dtype=like.dtype).repeat_interleave(sizes)
+
+
+class LearnedRounding(LearnedWeights):
+    """Codes that are rounded down or up: `clamp(floor(w / scale) + h(alpha), low, high)` (AdaRound)."""
+
+    def _begin(self, flat: Tensor) -> None:
+        floor = (flat / self.scale).floor()
+        # clamp(floor + h, low, high) as down + is_free * h, because 0 <= h <= 1: a step needs no clamp of every weight
+        self.down = floor.clamp(self.low, self.high)
+        self.is_free = ((floor >= self.low) & (floor < self.high)).to(flat.dtype)
+        self.variables = nn.Parameter(initial_alpha(flat, self.scale))
+        self.sharpness = torch.ones((), device=flat.device)  # tau; changed in place for CUDA graphs
+        del self.low, self.high
+
+    def current(self, decided: bool) -> tuple[Tensor, Tensor]:
+        """Returns the codes and h(alpha); decided, h is 1 where h >= 0.5."""
+        alpha = self.variables
+        up = (alpha.detach() >= 0).float() if decided else rectified_sigmoid(alpha, self.sharpness)
+        return torch.addcmul(self.down, self.is_free, up), up
+
+    def sharpen(self, tau: float) -> None:
+        """Sets tau."""
+        self.sharpness.fill_(tau)
+
+    def undecided(self) -> float:
+        """Returns the share of the weights with 0.05 < h < 0.95."""
+        return undecided_share(self.current(decided=False)[1].detach())
+
+
+class StraightThroughCodes(LearnedWeights):
+    """Codes that go on from learned ones and may take any value: `clamp(round(u), low, high)`.
+
+    The gradient of rounding is that of the identity (straight-through). u begins at w / scale as far as that rounds to
+    the learned code, else at the edge of its cell.
+
+    Args:
+        weights: Full-precision weights by part name.
+        scales: Their scales by part name, `[C_out]` each.
+        plans: Their bits by part name.
+        multipliers: The multipliers of the parts with groups, `[C_out, num_groups]` each.
+        learned: The learned integers by part name: codes, times multipliers in parts with groups.
+
+    References:
+        LSQ, arXiv 1902.08153, section 2.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        scales: Mapping[str, Tensor],
+        plans: Mapping[str, LayerPlan],
+        multipliers: Mapping[str, Tensor] | None,
+        learned: Mapping[str, Tensor],
+    ) -> None:
+        self._learned: Mapping[str, Tensor] = learned
+        super().__init__(weights, scales, plans, multipliers)
+
+    def _begin(self, flat: Tensor) -> None:
+        codes = torch.cat([self._learned[name].to(flat).flatten() for name in self.shapes])
+        if self.multiplier is not None:
+            codes = codes / self.multiplier
+        scaled = flat / self.scale
+        self.variables = nn.Parameter(scaled.clamp(codes - _EDGE, codes + _EDGE))
+
+    def current(self, decided: bool) -> tuple[Tensor, Tensor]:
+        """Returns the codes; nothing is between two of them, so that h is the same."""
+        codes: Tensor = _RoundStraightThrough.apply(self.variables)
+        codes = codes.clamp(self.low, self.high)
+        return codes, codes
+
+    def sharpen(self, tau: float) -> None:
+        """Does nothing: codes are rounded from the first step on."""
+
+    def undecided(self) -> float:
+        """Returns 0: learned codes are the deployed ones."""
+        return 0.0
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    """Rounding with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad
 
 
 def _multiplier_per_weight(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from edadm_cli.artifacts import Coverage, Loss, UnitRow, Units
+from edadm_cli.artifacts import Coverage, Loss, UnitLosses, UnitRow, Units
 from edadm_cli.calibrate.planning import count
 from edadm_cli.errors import EdadmError
 from edadm_cli.progress import Reporter
@@ -43,7 +43,11 @@ def quantized_names(plan: QuantizationPlan, params: Mapping[str, Tensor]) -> lis
 
 
 def summary(
-    context: ReconstructionContext, results: Mapping[str, UnitResult], num_quantized: int, warnings: Sequence[str]
+    context: ReconstructionContext,
+    results: Mapping[str, UnitResult],
+    together: UnitLosses | None,
+    num_quantized: int,
+    warnings: Sequence[str],
 ) -> Units:
     """Returns the contents of `units.json` of one denoiser."""
     rows = []
@@ -57,6 +61,7 @@ def summary(
         coverage=Coverage(planned=planned, quantized=num_quantized, kept=len(context.plan.kept)),
         by_kind=count(context.plan, context.traced),
         loss=_loss(context, results),
+        together=together,
         warnings=tuple(warnings),
     )
 

@@ -18,7 +18,13 @@ from edadm_cli.quant.plan import AttentionPlan, LayerPlan
 from edadm_cli.quant.split_layer import SplitLayer
 from edadm_cli.quant.transforms import transform_named
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
-from edadm_cli.reconstruct.learned_values import LearnedRounding, LearnedScales, LearnedVectors
+from edadm_cli.reconstruct.learned_values import (
+    LearnedRounding,
+    LearnedScales,
+    LearnedVectors,
+    LearnedWeights,
+    StraightThroughCodes,
+)
 
 _DROP_LEVELS = 256
 
@@ -150,7 +156,18 @@ class LearnedAttention(AttentionProducts):
 
 
 class LearnedUnit:
-    """The learnable replacements of one unit's layers and attentions, with their learned values."""
+    """The learnable replacements of one unit's layers and attentions, with their learned values.
+
+    Args:
+        layers: The layers in full precision, by name.
+        plans: Their bits.
+        attentions: The bits of the attention products, by the name of the attention module.
+        params: The ranges that were searched, under the names of the artifact.
+        drop: Decides which activations are left unquantized while learning.
+        hyperparameters: The numbers of the optimization.
+        learned: The parameters that were learned before, where learning goes on from them; `None` to begin from
+            nearest rounding and the searched ranges.
+    """
 
     def __init__(
         self,
@@ -160,34 +177,50 @@ class LearnedUnit:
         params: Mapping[str, Tensor],
         drop: Drop,
         hyperparameters: Hyperparameters,
+        learned: Mapping[str, Tensor] | None = None,
     ) -> None:
+        first = params if learned is None else learned
         self.modules: dict[str, nn.Module] = {}
         self.attentions = {name: LearnedAttention(plan, drop) for name, plan in attentions.items()}
         self.decided = False
         self._parts: dict[str, LearnedLayer] = {}
         weights: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            weights |= self._add_layer(name, layer, plans[name], params, drop)
+            weights |= self._add_layer(name, layer, plans[name], params, first, drop)
         device = next(iter(weights.values())).device
         self._weight_scales = {name: params[f"{name}.weight_scale"] for name in weights}
-        self._biases = {name: part.bias.detach() for name, part in self._parts.items() if part.bias is not None}
+        self._biases = {
+            name: first.get(f"{name}.bias", part.bias).to(device).detach()
+            for name, part in self._parts.items()
+            if part.bias is not None
+        }
         plan_of_part = {name: part.plan for name, part in self._parts.items()}
         grouped = [name for name, part in plan_of_part.items() if part.group_size is not None]
         self._multipliers = {name: params[f"{name}.weight_multiplier"] for name in grouped}
-        self.rounding = LearnedRounding(weights, self._weight_scales, plan_of_part, self._multipliers)
+        parts = (weights, self._weight_scales, plan_of_part, self._multipliers)
+        if learned is None:
+            self.rounding: LearnedWeights = LearnedRounding(*parts)
+        else:
+            self.rounding = StraightThroughCodes(*parts, {name: learned[f"{name}.weight_int"] for name in weights})
         named = [f"{name}.input_scale" for name, part in self._parts.items() if part.plan.input_grid is not None]
         named += [f"{name}.{operand}_scale" for name in attentions for operand in OPERANDS]
         relative = hyperparameters.relative_scale_steps
-        self.scales = LearnedScales({name: params[name] for name in named}, relative, device)
-        self.vectors = self._vectors(weights, hyperparameters.channel_values, device)
+        self.scales = LearnedScales({name: first[name] for name in named}, relative, device)
+        self.vectors = self._vectors(weights, hyperparameters.channel_values, device, first)
 
-    def _vectors(self, weights: Mapping[str, Tensor], kinds: Collection[str], device: torch.device) -> LearnedVectors:
+    def _vectors(
+        self,
+        weights: Mapping[str, Tensor],
+        kinds: Collection[str],
+        device: torch.device,
+        params: Mapping[str, Tensor],
+    ) -> LearnedVectors:
         """Returns the learned values per channel; the unit of a bias is the norm of its row of the weight."""
         first: dict[str, Tensor] = {}
         units: dict[str, Tensor] = {}
         for name, part in self._parts.items():
             if "weight-scale" in kinds:
-                first[f"{name}.weight_scale"] = self._weight_scales[name]
+                first[f"{name}.weight_scale"] = params[f"{name}.weight_scale"]
             if "bias" in kinds and name in self._biases:
                 first[f"{name}.bias"] = self._biases[name]
                 units[f"{name}.bias"] = weights[name].detach().flatten(1).norm(dim=1)
@@ -235,14 +268,21 @@ class LearnedUnit:
         return {name: tensor.detach().cpu().clone() for name, tensor in params.items()}
 
     def _add_layer(
-        self, name: str, layer: nn.Module, plan: LayerPlan, params: Mapping[str, Tensor], drop: Drop
+        self,
+        name: str,
+        layer: nn.Module,
+        plan: LayerPlan,
+        params: Mapping[str, Tensor],
+        first: Mapping[str, Tensor],
+        drop: Drop,
     ) -> dict[str, Tensor]:
+        """Adds a layer, part by part; returns the weights that are rounded, by part name."""
         weight, operation = layer.weight, Operation.of(layer)
         assert isinstance(weight, Tensor)
         names, part_plan, rounded = plan.part_names(name), plan.part(), {}
         for part, piece in zip(names, plan.split(weight.detach()), strict=True):
             zero_point = params.get(f"{part}.input_zero_point")
-            tensors = {} if plan.transform is None else transform_tensors(transform_named(plan.transform), part, params)
+            tensors = {} if plan.transform is None else transform_tensors(transform_named(plan.transform), part, first)
             rounded[part] = folded(piece, part, plan, params)
             self._parts[part] = LearnedLayer(
                 operation,

@@ -16,7 +16,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from edadm_cli.errors import InputError
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
 from edadm_cli.quant.plan import QuantizationPlan
-from edadm_cli.quant.rounding import rounding_regularizer, sharpness_at, undecided_share
+from edadm_cli.quant.rounding import rounding_regularizer, sharpness_at
 from edadm_cli.reconstruct.capture import layer_outputs
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.minibatch import MiniBatch
@@ -41,6 +41,7 @@ from edadm_cli.reconstruct.unit_data import (
     UnitResult,
     channel_loss,
     on_device,
+    scaled_rows,
     size_of,
 )
 
@@ -73,6 +74,7 @@ class UnitLearner:
         seed: The seed of the order of samples and of every mask; each unit has its own, so that a resume changes
             nothing.
         processes: The processes that learn the unit together; each takes a part of the rows of every step.
+        learned: What the unit's layers have learned before, where learning goes on from it.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class UnitLearner:
         hyperparameters: Hyperparameters,
         seed: int,
         processes: Processes = ALONE,
+        learned: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.network, self.unit, self.data = network, unit, data
         self.hyperparameters, self.processes, self.device = hyperparameters, processes, network.device
@@ -93,7 +96,7 @@ class UnitLearner:
         self.order = torch.Generator().manual_seed(seed)
         self.activation_drop = Drop(hyperparameters.activation_drop, self.generator, self.share)
         self.input_drop = Drop(hyperparameters.input_drop, self.generator, self.share)
-        self.learned = self._put_learned_unit(plan, params)
+        self.learned = self._put_learned_unit(plan, params, learned)
         self.layer_weights = self._weigh_layers()
         self.batch, self.groups = self._mini_batch()
         self.rows = [0] * self.share.size
@@ -103,7 +106,9 @@ class UnitLearner:
         # A unit of one layer is the learnable layer itself, a block is the module around its layers.
         self.module: nn.Module = network.denoiser.get_submodule(unit.name)
 
-    def _put_learned_unit(self, plan: QuantizationPlan, params: Mapping[str, Tensor]) -> LearnedUnit:
+    def _put_learned_unit(
+        self, plan: QuantizationPlan, params: Mapping[str, Tensor], before: Mapping[str, Tensor] | None
+    ) -> LearnedUnit:
         """Puts learnable layers and attention products in the place of the unit's own, and returns them."""
         learned = LearnedUnit(
             {name: self.network.float_layers[name] for name in self.unit.layers},
@@ -112,6 +117,7 @@ class UnitLearner:
             params,
             self.activation_drop,
             self.hyperparameters,
+            before,
         )
         for name, module in learned.modules.items():
             self.network.put_layer(name, module)
@@ -127,32 +133,37 @@ class UnitLearner:
             "float": float_calls.tensors if self.input_drop.level else [],
             "outputs": float_calls.outputs,
             "layers": list(self.data.layer_targets.values()),
+            "factors": [] if self.data.row_factors is None else [self.data.row_factors],
         }
         batch = MiniBatch([rows for group in groups.values() for rows in group], self.share.size, self.device)
         tensors = iter(batch.calls)
         return batch, {name: [next(tensors) for _ in group] for name, group in groups.items()}
 
-    def learn(self) -> UnitResult:
-        """Runs the optimizer and decides the rounding; a unit that learning made worse keeps nearest rounding.
+    def learn(self, advance: Callable[[int], None] = lambda _: None) -> UnitResult:
+        """Runs the optimizer and decides the rounding; a unit that learning made worse stays as it was.
+
+        Args:
+            advance: Progress callback, called after every iteration.
 
         Raises:
             InputError: The loss is not finite.
         """
-        # h starts at the fraction that rounding down drops, so that deciding it now rounds to nearest.
+        # h starts at the fraction that rounding down drops, so that deciding it now rounds to nearest,
+        # or on the side that was decided before.
         before = self.reconstruction_loss()
-        nearest = self.learned.params()
+        as_it_was = self.learned.params()
         try:
-            curve = [loss for phase in self.phases() for loss in self._learn_phase(phase)]
+            curve = [loss for phase in self.phases() for loss in self._learn_phase(phase, advance)]
         finally:
             self.batch.close()
-        self.learned.rounding.sharpness.fill_(self._sharpness(self.hyperparameters.iterations))
+        self.learned.rounding.sharpen(self._sharpness(self.hyperparameters.iterations))
         soft, after = self.reconstruction_loss(decided=False), self.reconstruction_loss()
         if not math.isfinite(after):
             raise InputError(
                 f"The reconstruction loss of '{self.unit.name}' is not finite.",
                 hint="lower weight_learning_rate or activation_learning_rate in the recipe",
             )
-        undecided = undecided_share(self.learned.rounding.weights(decided=False)[1].detach())
+        undecided = self.learned.rounding.undecided()
         is_worse = after > before
         losses = UnitLosses(
             loss_before=before,
@@ -162,7 +173,7 @@ class UnitLearner:
             undecided=undecided,
             is_nearest=is_worse,
         )
-        return UnitResult(nearest if is_worse else self.learned.params(), losses)
+        return UnitResult(as_it_was if is_worse else self.learned.params(), losses)
 
     def phases(self) -> list[Phase]:
         """Returns the phases: all values together, or rounding with float activations first and the scales after it."""
@@ -178,7 +189,7 @@ class UnitLearner:
         share = self.hyperparameters.rounding_first
         return round(self.hyperparameters.iterations * share) if share else self.hyperparameters.iterations
 
-    def _learn_phase(self, phase: Phase) -> list[float]:
+    def _learn_phase(self, phase: Phase, advance: Callable[[int], None]) -> list[float]:
         """Runs the iterations of a phase; returns the loss at some of them."""
         self.learned.decided = not phase.rounding
         # A phase that learns only rounding drops every activation to full precision.
@@ -195,6 +206,7 @@ class UnitLearner:
                 loss = loss.clone()
                 self.processes.sum(loss)
                 curve.append(loss)
+            advance(1)
         return torch.stack(curve).tolist() if curve else []
 
     def loss(self) -> Tensor:
@@ -205,6 +217,8 @@ class UnitLearner:
         with layer_outputs(self.network.denoiser, names) as inner:
             outputs = self.data.full_precision.outputs_of(self.module(*args, **kwargs))
         targets = self.groups["outputs"]
+        for factors in self.groups["factors"]:
+            outputs, targets = scaled_rows(outputs, factors), scaled_rows(targets, factors)
         total = torch.stack([channel_loss(o, t) for o, t in zip(outputs, targets, strict=True)]).sum()
         if names:
             layers = zip(names, self.groups["layers"], self.layer_weights, strict=True)
@@ -263,7 +277,11 @@ class UnitLearner:
             places = parts[number]
             args, kwargs = float_calls.call(on_device(calls.tensors, places, self.device))
             outputs = float_calls.outputs_of(self.module(*args, **kwargs))
-            yield number, len(places), outputs, on_device(float_calls.outputs, places, self.device)
+            targets = on_device(float_calls.outputs, places, self.device)
+            if self.data.row_factors is not None:
+                (factors,) = on_device([self.data.row_factors], places, self.device)
+                outputs, targets = scaled_rows(outputs, factors), scaled_rows(targets, factors)
+            yield number, len(places), outputs, targets
         self.activation_drop.active, self.learned.decided = True, False
 
     def _row_parts(self) -> list[range]:
@@ -284,7 +302,7 @@ class UnitLearner:
         self.batch.load(self.rows, self._upcoming)
         start = _REGULARIZER_START * self.rounding_iterations
         progress = min(1.0, (iteration - start) / max(1.0, self.rounding_iterations - start))
-        self.learned.rounding.sharpness.fill_(self._sharpness(iteration))
+        self.learned.rounding.sharpen(self._sharpness(iteration))
         self.pull.fill_(self.hyperparameters.rounding_regularizer if progress >= 0 else 0.0)
         self.beta.fill_(_BETA_TO + (_BETA_FROM - _BETA_TO) * 0.5 * (1 + math.cos(math.pi * max(progress, 0.0))))
 
@@ -310,7 +328,7 @@ class UnitLearner:
         )
         rates: list[tuple[nn.Parameter, float]] = []
         if phase.rounding:
-            rates.append((self.learned.rounding.alpha, self.hyperparameters.weight_learning_rate))
+            rates.append((self.learned.rounding.variables, self.hyperparameters.weight_learning_rate))
         if phase.scales:
             rates.append((self.learned.scales.factor, self.hyperparameters.activation_learning_rate))
         if self.learned.vectors.names:

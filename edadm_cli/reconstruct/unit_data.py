@@ -24,11 +24,18 @@ class UnitData:
     """The rows of inputs and targets that one unit learns from.
 
     The full-precision inputs may be released if none of them is mixed into the inputs of the quantized network.
+
+    Attributes:
+        full_precision: Its calls in the network in full precision; their outputs are the targets.
+        quantized: Its calls in the partly quantized network.
+        layer_targets: The outputs of its layers in full precision, by name.
+        row_factors: What the outputs and targets of each row are multiplied by before they are compared, `[rows]`.
     """
 
     full_precision: UnitCalls
     quantized: UnitCalls
     layer_targets: dict[str, Rows]
+    row_factors: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,23 @@ def channel_loss(output: Tensor, target: Tensor) -> Tensor:
     function = _SquaredError if output.is_cuda else _SquaredErrorOnCpu
     error: Tensor = function.apply(output, target)
     return error * (channels / output.numel())
+
+
+def row_losses(outputs: Sequence[Tensor], targets: Sequence[Tensor], rows: int) -> Tensor:
+    """Returns the loss of each row, `[rows]` float64: the mean over the rows is the sum of `channel_loss`."""
+    total = torch.zeros(rows, dtype=torch.float64, device=outputs[0].device)
+    for output, target in zip(outputs, targets, strict=True):
+        channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
+        total += (output - target).double().square().reshape(rows, -1).mean(dim=1) * channels
+    return total
+
+
+def scaled_rows(tensors: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    """Returns tensors `[n * entries, ...]` whose rows are multiplied by their factors `[n]`."""
+    return [
+        tensor * factors.repeat_interleave(len(tensor) // len(factors)).view(-1, *[1] * (tensor.dim() - 1))
+        for tensor in tensors
+    ]
 
 
 def _squared_errors(output: Tensor, target: Tensor) -> Tensor:

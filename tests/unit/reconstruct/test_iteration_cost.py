@@ -43,7 +43,7 @@ def test_both_versions_take_the_same_step(make_setting: Callable[..., Any], stud
     losses, gradients = [], []
     for step in versions:
         losses.append(float(step()))
-        gradients.append(learner.learned.rounding.alpha.grad.clone())
+        gradients.append(learner.learned.rounding.variables.grad.clone())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 

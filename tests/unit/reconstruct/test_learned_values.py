@@ -39,8 +39,8 @@ def test_weights_are_clamped_codes_times_scales_and_so_are_their_gradients() -> 
     weight, scale = 3 * torch.randn(4, 50, generator=generator), torch.full((4,), 0.2)
     rounding = LearnedRounding({"a": weight}, {"a": scale}, {"a": LayerPlan(weight_bits=4, activation_bits=8)})
     with torch.no_grad():
-        rounding.alpha.copy_(torch.randn(200, generator=generator))
-    alpha = rounding.alpha.detach().clone().requires_grad_()
+        rounding.variables.copy_(torch.randn(200, generator=generator))
+    alpha = rounding.variables.detach().clone().requires_grad_()
     grid = LayerPlan(weight_bits=4, activation_bits=8).weight_grid
     floor = (weight / 0.2).floor()
     assert (floor < grid.quant_min - 1).any(), "some weights lie below the grid"
@@ -50,7 +50,7 @@ def test_weights_are_clamped_codes_times_scales_and_so_are_their_gradients() -> 
     assert torch.equal(learned["a"], expected)
     for total in (learned["a"], expected):
         (total * torch.arange(200.0).view(4, 50)).sum().backward()
-    torch.testing.assert_close(rounding.alpha.grad, alpha.grad, rtol=0, atol=0)
+    torch.testing.assert_close(rounding.variables.grad, alpha.grad, rtol=0, atol=0)
     rounded = (floor + (alpha.detach().view(4, 50) >= 0)).clamp(grid.quant_min, grid.quant_max)
     assert torch.equal(rounding.codes()["a"].float(), rounded)
     assert torch.equal(rounding.weights(decided=True)[0]["a"], rounded * scale[:, None])

@@ -334,13 +334,13 @@ def test_rounding_may_be_learned_before_the_scales(make_setting: MakeSetting, le
     first = learner.learned.scales.factor.detach().clone()
     learner._learn_phase(rounding)
     assert torch.equal(learner.learned.scales.factor.detach(), first)
-    alpha = learner.learned.rounding.alpha.detach().clone()
+    alpha = learner.learned.rounding.variables.detach().clone()
     assert not torch.equal(
         learner.learned.rounding.codes()[f"{RESIDUAL}.conv1"],
         setting.nearest()[f"{RESIDUAL}.conv1.weight_int"],
     )
     learner._learn_phase(scales)
-    assert torch.equal(learner.learned.rounding.alpha.detach(), alpha)
+    assert torch.equal(learner.learned.rounding.variables.detach(), alpha)
     assert not torch.equal(learner.learned.scales.factor.detach(), first)
 
 

@@ -1,0 +1,164 @@
+"""Learns all units of a denoiser once more, together, on the error of its prediction (network-wise reconstruction).
+
+Block reconstruction minimises the error at the output of each block, although the errors of some blocks change the
+prediction more than those of others, and although one block could make up for the errors of another one. Once every
+unit has learned by itself, this stage treats the whole denoiser as one unit: its inputs are the samples of the
+calibration set, its targets the predictions in full precision. Learning starts at the rounding and the scales that the
+units have learned.
+
+References:
+    BRECQ, arXiv 2102.05426, section 3.2 (network-wise reconstruction); EfficientDM, arXiv 2310.03270 (distillation of
+    the whole denoiser).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from edadm_cli.errors import MachineError
+from edadm_cli.models.units import Unit
+from edadm_cli.processes import ALONE, Processes
+from edadm_cli.quant.plan import QuantizationPlan
+from edadm_cli.recipe import ChannelValue
+from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.call_signatures import probe_units
+from edadm_cli.reconstruct.capture import UnitCalls, capture_units
+from edadm_cli.reconstruct.hyperparameters import Hyperparameters
+from edadm_cli.reconstruct.network import SwitchableNetwork
+from edadm_cli.reconstruct.rows import RowCache, Rows, RowType, chunks
+from edadm_cli.reconstruct.trainer import UnitLearner
+from edadm_cli.reconstruct.unit_data import UnitData, UnitResult, on_device, row_losses
+
+_SMALLEST_ERROR = 1e-6  # of a step, as a share of the largest error of a step
+_CHANNEL_VALUES: tuple[ChannelValue, ...] = ("weight-scale", "bias")
+
+
+def whole_denoiser(network: SwitchableNetwork, units: Sequence[Unit]) -> Unit:
+    """Returns the denoiser as one unit with the layers of `units`; its name is that of the root module, `""`."""
+    layers = tuple(name for unit in units for name in unit.layers)
+    attentions = tuple(name for unit in units for name in unit.attentions)
+    return Unit("", "layer", network.denoiser, layers, attentions)
+
+
+def hyperparameters_of(given: Hyperparameters) -> Hyperparameters:
+    """Returns the numbers of the optimization of the whole denoiser.
+
+    There are no losses of inner layers, and nothing is dropped. Scales of weights and biases are always learned: they
+    cost nothing when the denoiser runs.
+    """
+    values = tuple(dict.fromkeys((*given.channel_values, *_CHANNEL_VALUES)))
+    return given.model_copy(
+        update={
+            "iterations": given.network_iterations,
+            "batch_size": given.network_batch_size,
+            "weight_learning_rate": given.network_learning_rate,
+            "layer_loss_weight": 0.0,
+            "input_drop": 0.0,
+            "activation_drop": 0.0,
+            "rounding_first": 0.0,
+            "rounding_regularizer": 0.0,
+            "channel_values": values,
+        }
+    )
+
+
+class WholeReconstruction:
+    """Learns the rounding and the scales of all units together.
+
+    Args:
+        network: The denoiser, all of whose units are quantized.
+        plan: The bits of every layer.
+        ranges: The ranges that were searched, to which the rounding of the units belongs.
+        batches: The calibration set.
+        hyperparameters: The numbers of the optimization of units; see `hyperparameters_of`.
+    """
+
+    def __init__(
+        self,
+        network: SwitchableNetwork,
+        plan: QuantizationPlan,
+        ranges: Mapping[str, Tensor],
+        batches: Batches,
+        hyperparameters: Hyperparameters,
+    ) -> None:
+        self.network, self.plan, self.ranges, self.batches = network, plan, ranges, batches
+        self.hyperparameters = hyperparameters_of(hyperparameters)
+
+    def learn(
+        self,
+        whole: Unit,
+        learned: Mapping[str, Tensor],
+        seed: int,
+        cache: RowCache,
+        advance: Callable[[int], None],
+        processes: Processes = ALONE,
+    ) -> UnitResult:
+        """Returns the parameters of all layers of `whole`, and the losses of the prediction.
+
+        If learning made the prediction worse, the parameters are those that the units had learned.
+
+        Args:
+            whole: The result of `whole_denoiser`.
+            learned: The parameters that the units have learned by themselves.
+            seed: The seed of the order of samples.
+            cache: Stores the rows of inputs and targets.
+            advance: Progress callback, called after every iteration.
+            processes: The processes that learn together.
+
+        Raises:
+            MachineError: The memory of the device does not suffice for a step.
+            InputError: The loss is not finite.
+        """
+        calls = self._capture(whole, cache, processes)
+        factors = self._row_factors(calls, cache, processes)
+        data, numbers = UnitData(calls, calls, {}, factors), self.hyperparameters
+        try:
+            learner = UnitLearner(self.network, whole, self.plan, self.ranges, data, numbers, seed, processes, learned)
+            result = learner.learn(advance)
+        except torch.OutOfMemoryError as error:
+            raise MachineError(
+                f"The memory of {self.network.device} does not suffice to learn all units together with"
+                f" {numbers.batch_size} rows per step.",
+                hint="a smaller network_batch_size in [learn] of the recipe, or network_iterations = 0",
+            ) from error
+        cache.release([*calls.tensors, *calls.outputs, factors])
+        return result
+
+    def _capture(self, whole: Unit, cache: RowCache, processes: Processes) -> UnitCalls:
+        """Returns the calls of the denoiser in full precision, over the calibration set."""
+        denoiser, batches = self.network.denoiser, self.batches
+        with self.network.full_precision():
+            forms = probe_units(denoiser, [whole], batches)
+            (calls,) = capture_units(denoiser, [whole], forms, batches, cache, with_outputs=True, processes=processes)
+        if cache.shared:
+            calls.tensors = [cache.settle(rows, batches.batch_size) for rows in calls.tensors]
+            calls.outputs = [cache.settle(rows, batches.batch_size) for rows in calls.outputs]
+            processes.wait()
+        return calls
+
+    @torch.no_grad()
+    def _row_factors(self, calls: UnitCalls, cache: RowCache, processes: Processes) -> Rows:
+        """Returns 1 / sqrt(E) for each row, where E is the mean loss of all rows of the same sampler step.
+
+        So the loss begins at 1, and each step counts by how much of its error is left. Otherwise the steps with the
+        largest errors, which are those of nearly clean samples, would decide alone, and they change the final sample
+        least.
+        """
+        losses = torch.zeros(calls.rows, dtype=torch.float64, device=self.network.device)
+        parts = chunks(calls.rows, self.batches.batch_size)
+        for places in parts[processes.index :: processes.count]:
+            args, kwargs = calls.call(on_device(calls.tensors, places, self.network.device))
+            outputs = calls.outputs_of(self.network.denoiser(*args, **kwargs))
+            targets = on_device(calls.outputs, places, self.network.device)
+            losses[places.start : places.stop] = row_losses(outputs, targets, len(places))
+        processes.sum(losses)
+        steps = torch.tensor(self.batches.step_of_rows(), device=losses.device)
+        sums = torch.zeros(int(steps.max()) + 1, dtype=torch.float64, device=losses.device)
+        means = sums.index_add(0, steps, losses) / steps.bincount()
+        factors = cache.allocate(calls.rows, RowType((), torch.float32))
+        smallest = _SMALLEST_ERROR * means.max()
+        factors.write(range(calls.rows), means[steps].clamp(min=float(smallest)).rsqrt().float())
+        return cache.settle(factors, calls.rows) if cache.shared else factors
