@@ -184,9 +184,7 @@ class LearnRecipe(_Frozen):
         " learned by itself; 0: none",
     )
     network_batch_size: int = later(32, ge=1, description="rows of those steps")
-    network_learning_rate: float = later(
-        3e-2, gt=0, description="Adam's step for the rounding variables alpha in those steps"
-    )
+    network_learning_rate: float = later(3e-3, gt=0, description="Adam's step for the codes in those steps, in codes")
 
 
 class LayerRule(_Frozen):

@@ -46,7 +46,7 @@ class Hyperparameters(BaseModel):
     channel_learning_rate: float = 1e-3
     network_iterations: int = 0
     network_batch_size: int = 32
-    network_learning_rate: float = 3e-2
+    network_learning_rate: float = 3e-3
 
     def identity_fields(self) -> dict[str, Any]:
         """Returns the fields that decide the result; those with a default count only if they differ from it."""

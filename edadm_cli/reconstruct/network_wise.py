@@ -14,9 +14,11 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from edadm_cli.errors import MachineError
 from edadm_cli.models.units import Unit
@@ -30,7 +32,7 @@ from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.rows import RowCache, Rows, RowType, chunks
 from edadm_cli.reconstruct.trainer import UnitLearner
-from edadm_cli.reconstruct.unit_data import UnitData, UnitResult, on_device, row_losses
+from edadm_cli.reconstruct.unit_data import UnitData, UnitResult, channel_loss, on_device, row_losses, scaled_rows
 
 _SMALLEST_ERROR = 1e-6  # of a step, as a share of the largest error of a step
 _CHANNEL_VALUES: tuple[ChannelValue, ...] = ("weight-scale", "bias")
@@ -63,6 +65,50 @@ def hyperparameters_of(given: Hyperparameters) -> Hyperparameters:
             "channel_values": values,
         }
     )
+
+
+class WholeLearner(UnitLearner):
+    """Learns the whole denoiser; the rows of a step go through it in parts, so that their activations fit into memory.
+
+    Args:
+        rows_at_once: The rows of a part. In several parts, each part is computed twice, once more for its gradients.
+        rows_evaluated: The rows of a forward without gradients.
+        arguments: The arguments of `UnitLearner`.
+    """
+
+    def __init__(self, rows_at_once: int, rows_evaluated: int, *arguments: Any) -> None:
+        self.rows_at_once, self.rows_evaluated = rows_at_once, rows_evaluated
+        super().__init__(*arguments)
+
+    def loss(self) -> Tensor:
+        """Returns this process's share of the loss of the chosen rows."""
+        self.learned.materialize()
+        parts = chunks(self.share.size, self.rows_at_once)
+        if len(parts) == 1:
+            losses = [self._loss_of(parts[0])]
+        else:
+            losses = [checkpoint(self._loss_of, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.stack(losses).sum() / self.share.total
+
+    def _loss_of(self, part: range) -> Tensor:
+        """Returns the sum of the losses of some rows of the step."""
+        inputs, targets, factors = (
+            [_rows(tensor, part, self.share.size) for tensor in self.groups[name]]
+            for name in ("inputs", "outputs", "factors")
+        )
+        args, kwargs = self.data.full_precision.call(inputs)
+        outputs = self.data.full_precision.outputs_of(self.module(*args, **kwargs))
+        pairs = zip(scaled_rows(outputs, *factors), scaled_rows(targets, *factors), strict=True)
+        return len(part) * torch.stack([channel_loss(*pair) for pair in pairs]).sum()
+
+    def _row_parts(self) -> list[range]:
+        return chunks(self.data.quantized.rows, self.rows_evaluated)
+
+
+def _rows(tensor: Tensor, part: range, size: int) -> Tensor:
+    """Returns the entries of some of the `size` rows of a tensor `[size * entries, ...]`."""
+    entries = len(tensor) // size
+    return tensor[part.start * entries : part.stop * entries]
 
 
 class WholeReconstruction:
@@ -114,16 +160,20 @@ class WholeReconstruction:
         """
         calls = self._capture(whole, cache, processes)
         factors = self._row_factors(calls, cache, processes)
-        data, numbers = UnitData(calls, calls, {}, factors), self.hyperparameters
-        try:
-            learner = UnitLearner(self.network, whole, self.plan, self.ranges, data, numbers, seed, processes, learned)
-            result = learner.learn(advance)
-        except torch.OutOfMemoryError as error:
-            raise MachineError(
-                f"The memory of {self.network.device} does not suffice to learn all units together with"
-                f" {numbers.batch_size} rows per step.",
-                hint="a smaller network_batch_size in [learn] of the recipe, or network_iterations = 0",
-            ) from error
+        data, rows_at_once = UnitData(calls, calls, {}, factors), self.hyperparameters.batch_size
+        while True:
+            arguments = (self.network, whole, self.plan, self.ranges, data, self.hyperparameters, seed, processes)
+            try:
+                learner = WholeLearner(rows_at_once, self.batches.batch_size, *arguments, learned)
+                result = learner.learn(advance)
+                break
+            except torch.OutOfMemoryError as error:
+                if rows_at_once == 1:
+                    raise MachineError(
+                        f"The memory of {self.network.device} does not suffice to learn all units together.",
+                        hint="network_iterations = 0 in [learn] of the recipe",
+                    ) from error
+            rows_at_once = -(-rows_at_once // 2)
         cache.release([*calls.tensors, *calls.outputs, factors])
         return result
 

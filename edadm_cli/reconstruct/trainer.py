@@ -189,7 +189,7 @@ class UnitLearner:
         share = self.hyperparameters.rounding_first
         return round(self.hyperparameters.iterations * share) if share else self.hyperparameters.iterations
 
-    def _learn_phase(self, phase: Phase, advance: Callable[[int], None]) -> list[float]:
+    def _learn_phase(self, phase: Phase, advance: Callable[[int], None] = lambda _: None) -> list[float]:
         """Runs the iterations of a phase; returns the loss at some of them."""
         self.learned.decided = not phase.rounding
         # A phase that learns only rounding drops every activation to full precision.
@@ -217,8 +217,6 @@ class UnitLearner:
         with layer_outputs(self.network.denoiser, names) as inner:
             outputs = self.data.full_precision.outputs_of(self.module(*args, **kwargs))
         targets = self.groups["outputs"]
-        for factors in self.groups["factors"]:
-            outputs, targets = scaled_rows(outputs, factors), scaled_rows(targets, factors)
         total = torch.stack([channel_loss(o, t) for o, t in zip(outputs, targets, strict=True)]).sum()
         if names:
             layers = zip(names, self.groups["layers"], self.layer_weights, strict=True)
