@@ -18,6 +18,10 @@ VARIANTS = {
     "paper, 300 iterations": "paper+learn.iterations=300",
     "q-diffusion, 300 iterations": "q-diffusion+learn.iterations=300+learn.weight_learning_rate=0.1"
     "+learn.activation_learning_rate=0.001",
+    "network-wise": "network-wise",
+    "network-wise, float inputs": "network-wise+ranges.float_input_share=0.05",
+    "network-wise, codes fixed": "network-wise+learn.network_learning_rate=0.000000001",
+    "network-wise, 300 of 256 samples": "default+learn.network_iterations=300",
     "thorough": "thorough",
     "thorough, 300 iterations": "thorough+learn.iterations=300",
     "thorough, 300 iterations, all inputs quantized": "thorough+learn.iterations=300+ranges.float_input_share=0",
@@ -78,7 +82,8 @@ class Row:
     @property
     def length(self) -> float:
         """About how long it takes beside a row with 300 iterations on the same model."""
-        return self.iterations / 300 or 0.4
+        together = variant_recipe(self.variant, None)[0].learn.network_iterations
+        return (self.iterations / 300 or 0.4) + together / 1000
 
     @property
     def name(self) -> str:
@@ -118,6 +123,13 @@ def _waves(seeds: list[int]) -> list[list[Line]]:
             (ships[:3], ("w4a8",), seeds),
             (default, ("w8a8", "w4g32a8"), seeds),
             (default, widths, one),
+        ],
+        [
+            (("network-wise",), ("w4a8",), seeds),
+            (("network-wise",), ("w3a8",), one),
+            (("network-wise, float inputs",), ("w4a8",), one),
+            (("network-wise",), ("w4g32a8",), one, "emoji-dit"),
+            (("network-wise, codes fixed", "network-wise, 300 of 256 samples"), ("w4a8",), one, "emoji-dit"),
         ],
         [
             (best, ("w4g32a8",), one),
