@@ -183,6 +183,9 @@ class LearnRecipe(_Frozen):
         description="optimizer steps in which all units learn together on the error of the prediction, once each has"
         " learned by itself; 0: none",
     )
+    network_samples: int = later(
+        4096, ge=1, description="samples for those steps, as many of each sampler step; all of them if there are fewer"
+    )
     network_batch_size: int = later(32, ge=1, description="rows of those steps")
     network_learning_rate: float = later(3e-3, gt=0, description="Adam's step for the codes in those steps, in codes")
 

@@ -122,12 +122,15 @@ class BlockReconstruction:
             finished.close()
         return results
 
-    def learn_together(self, units: Sequence[Unit], number: int, advance: Callable[[int], None]) -> UnitLosses:
+    def learn_together(
+        self, units: Sequence[Unit], number: int, batches: Batches, advance: Callable[[int], None]
+    ) -> UnitLosses:
         """Learns units that have learned by themselves once more, all together, and freezes the result.
 
         Args:
             units: The units, in execution order.
             number: The number of units of the denoiser.
+            batches: The samples to learn from, which need not be those of the units.
             advance: Progress callback, called after every iteration.
         """
         checkpoints, processes = self.workspace.checkpoints, self.workspace.processes
@@ -135,7 +138,7 @@ class BlockReconstruction:
         result = checkpoints.load(number, whole)
         processes.wait()
         if result is None:
-            together = WholeReconstruction(self.network, self.plan, self.ranges, self.batches, self.hyperparameters)
+            together = WholeReconstruction(self.network, self.plan, self.ranges, batches, self.hyperparameters)
             seed = unit_seed(self.seed, number)
             result = together.learn(whole, self.params, seed, self.workspace.cache, advance, processes)
             self.passes["full_precision"] += 1

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from edadm_cli.artifacts import Build, UnitLosses, load_tensors, save_tensors
@@ -14,7 +15,9 @@ from edadm_cli.calibrate.gptq import gptq_params
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.trajectories import samples_of_all_steps
 from edadm_cli.progress import Reporter
+from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace
 from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
 from edadm_cli.reconstruct.context import ReconstructionContext
@@ -69,7 +72,7 @@ def _build_denoiser(task: Task, place: str, folder: Path, reporter: Reporter) ->
     warnings = no_blocks(task, context)
     for warning in warnings if task.processes.is_main else ():
         reporter.warn(warning)
-    result = _reconstruct(task, context, folder, reporter)
+    result = _reconstruct(task, place, context, folder, reporter)
     quantized = quantized_names(context.plan, result.params)
     if task.processes.is_main:
         save_tensors(folder / PARAMS_FILE, result.params)
@@ -94,7 +97,9 @@ class Reconstructed:
     together: UnitLosses | None = None
 
 
-def _reconstruct(task: Task, context: ReconstructionContext, folder: Path, reporter: Reporter) -> Reconstructed:
+def _reconstruct(
+    task: Task, place: str, context: ReconstructionContext, folder: Path, reporter: Reporter
+) -> Reconstructed:
     """Searches ranges, then rounds or learns."""
     ranges = _ranges(task, context, folder, reporter)
     if not context.learning:
@@ -113,19 +118,36 @@ def _reconstruct(task: Task, context: ReconstructionContext, folder: Path, repor
     with reporter.task("reconstruct", len(context.units)) as advance:
         results = reconstruction.run(context.units, advance, {unit.name for unit in context.learning})
     report_gaps(results, task.hyperparameters, reporter)
-    together = _learn_together(task, context, reconstruction, reporter)
+    together = _learn_together(task, place, context, reconstruction, reporter)
     return Reconstructed(reconstruction.params, results, reconstruction.passes, together)
 
 
 def _learn_together(
-    task: Task, context: ReconstructionContext, reconstruction: BlockReconstruction, reporter: Reporter
+    task: Task, place: str, context: ReconstructionContext, reconstruction: BlockReconstruction, reporter: Reporter
 ) -> UnitLosses | None:
     """Learns all units together if the recipe says so; returns the losses of the prediction."""
     iterations = task.hyperparameters.network_iterations
     if not iterations:
         return None
+    batches = _of_all_steps(task, place, reporter) or context.batches
     with reporter.task("learn all units together", iterations) as advance:
-        return reconstruction.learn_together(context.learning, len(context.units), advance)
+        return reconstruction.learn_together(context.learning, len(context.units), batches, advance)
+
+
+def _of_all_steps(task: Task, place: str, reporter: Reporter) -> Batches | None:
+    """Returns samples of all sampler steps alike; `None` if the steps of trajectories do not suffice to call.
+
+    A calibration set may lack whole steps, whose errors nothing would keep small while all units learn together.
+    """
+    collected, generator = CollectedRun.open(task.run), torch.Generator().manual_seed(task.config.seed)
+    samples = samples_of_all_steps(
+        collected.artifact.within(place),
+        task.hyperparameters.network_samples,
+        collected.num_trajectories,
+        generator,
+        reporter,
+    )
+    return None if samples is None else Batches(samples, task.batch_size, task.device)
 
 
 def _rounded(task: Task, context: ReconstructionContext, ranges: dict[str, Tensor]) -> dict[str, Tensor]:

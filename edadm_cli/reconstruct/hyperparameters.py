@@ -45,6 +45,7 @@ class Hyperparameters(BaseModel):
     channel_values: tuple[ChannelValue, ...] = ()
     channel_learning_rate: float = 1e-3
     network_iterations: int = 0
+    network_samples: int = 4096
     network_batch_size: int = 32
     network_learning_rate: float = 3e-3
 

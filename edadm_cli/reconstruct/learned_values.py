@@ -65,6 +65,10 @@ class LearnedWeights(ABC):
         """Sets tau, which says how sharply h turns from 0 to 1."""
 
     @abstractmethod
+    def keep_in_range(self) -> None:
+        """Keeps the variables where they have an effect, after the optimizer has changed them."""
+
+    @abstractmethod
     def undecided(self) -> float:
         """Returns the share of the weights whose h is neither 0 nor 1: the deployed codes differ from those learned."""
 
@@ -118,13 +122,16 @@ class LearnedRounding(LearnedWeights):
         """Sets tau."""
         self.sharpness.fill_(tau)
 
+    def keep_in_range(self) -> None:
+        """Does nothing: every alpha has its h."""
+
     def undecided(self) -> float:
         """Returns the share of the weights with 0.05 < h < 0.95."""
         return undecided_share(self.current(decided=False)[1].detach())
 
 
 class StraightThroughCodes(LearnedWeights):
-    """Codes that go on from learned ones and may take any value: `clamp(round(u), low, high)`.
+    """Codes that go on from learned ones and may take any value: `round(u)`.
 
     The gradient of rounding is that of the identity (straight-through). u begins at w / scale as far as that rounds to
     the learned code, else at the edge of its cell.
@@ -161,8 +168,12 @@ class StraightThroughCodes(LearnedWeights):
     def current(self, decided: bool) -> tuple[Tensor, Tensor]:
         """Returns the codes; nothing is between two of them, so that h is the same."""
         codes: Tensor = _RoundStraightThrough.apply(self.variables)
-        codes = codes.clamp(self.low, self.high)
         return codes, codes
+
+    @torch.no_grad()
+    def keep_in_range(self) -> None:
+        """Lets no u round to a code that is not on the grid."""
+        self.variables.clamp_(self.low - _EDGE, self.high + _EDGE)
 
     def sharpen(self, tau: float) -> None:
         """Does nothing: codes are rounded from the first step on."""

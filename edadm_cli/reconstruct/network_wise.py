@@ -2,8 +2,8 @@
 
 Block reconstruction minimises the error at the output of each block, although the errors of some blocks change the
 prediction more than those of others, and although one block could make up for the errors of another one. Once every
-unit has learned by itself, this stage treats the whole denoiser as one unit: its inputs are the samples of the
-calibration set, its targets the predictions in full precision. Learning starts at the rounding and the scales that the
+unit has learned by itself, this stage treats the whole denoiser as one unit: its inputs are samples of all
+sampler steps, its targets the predictions in full precision. Learning starts at the rounding and the scales that the
 units have learned.
 
 References:
@@ -118,7 +118,7 @@ class WholeReconstruction:
         network: The denoiser, all of whose units are quantized.
         plan: The bits of every layer.
         ranges: The ranges that were searched, to which the rounding of the units belongs.
-        batches: The calibration set.
+        batches: The samples to learn from.
         hyperparameters: The numbers of the optimization of units; see `hyperparameters_of`.
     """
 
@@ -209,6 +209,6 @@ class WholeReconstruction:
         sums = torch.zeros(int(steps.max()) + 1, dtype=torch.float64, device=losses.device)
         means = sums.index_add(0, steps, losses) / steps.bincount()
         factors = cache.allocate(calls.rows, RowType((), torch.float32))
-        smallest = _SMALLEST_ERROR * means.max()
-        factors.write(range(calls.rows), means[steps].clamp(min=float(smallest)).rsqrt().float())
+        smallest = max(_SMALLEST_ERROR * float(means.nan_to_num().max()), torch.finfo(torch.float32).tiny)
+        factors.write(range(calls.rows), means[steps].clamp(min=smallest).rsqrt().float())
         return cache.settle(factors, calls.rows) if cache.shared else factors

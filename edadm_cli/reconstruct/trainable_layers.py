@@ -248,7 +248,8 @@ class LearnedUnit:
         return up
 
     def keep_in_range(self) -> None:
-        """Restores positive scales after the optimizer has changed them."""
+        """Restores positive scales and codes on their grid after the optimizer has changed them."""
+        self.rounding.keep_in_range()
         self.scales.keep_positive()
         self.vectors.keep_positive()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from edadm_cli.artifacts import Artifact, Selection, read_tensor_header, save_tensors
 from edadm_cli.artifacts.streaming import slices
 from edadm_cli.errors import InputError, UsageError
-from edadm_cli.models.collected import CONDITION, CONDITION_FILE, CONSTANT, FEATURES_FILE, UNCONDITIONAL
+from edadm_cli.models.collected import FEATURES_FILE
 from edadm_cli.models.denoiser_calls.calibration import CALIBRATION_FILE, CallForm
+from edadm_cli.models.denoiser_calls.trajectories import assign_trajectories, gather_samples
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.plugins import wrong_result
 from edadm_cli.progress import Reporter
@@ -45,7 +46,7 @@ def build(task: Task, folder: Path, reporter: Reporter) -> None:
     counts = _counts(task, normalised)
     step_index, trajectory_index = assign_trajectories(counts, task.num_trajectories, _generator(task, 0))
     form = CallForm.load(task.artifact)
-    tensors = _calibration_set(task, form, step_index, trajectory_index, reporter)
+    tensors = gather_samples(task.artifact, form, step_index, trajectory_index, reporter)
     if form.control is not None:
         tensors = with_computed(tensors, form, task.collected, resolve_device(task.config.device), reporter)
     save_tensors(folder / CALIBRATION_FILE, tensors)
@@ -68,25 +69,6 @@ def _counted(portions: Iterator[Tensor], advance: Callable[[int], None]) -> Iter
     for portion in portions:
         yield portion
         advance(1)
-
-
-def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Decides by a random permutation which trajectory gives which step.
-
-    Args:
-        counts: Samples per step, with shape `(T,)`; none above `num_trajectories`.
-        num_trajectories: Number of trajectories.
-        generator: The random generator of the permutation.
-
-    Returns:
-        Step and trajectory of each sample, in the order of the trajectories. Each trajectory gives one sample before
-        any gives a second one, and no trajectory gives a step twice.
-    """
-    step_index = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    permutation = torch.randperm(num_trajectories, generator=generator)
-    trajectory_index = permutation[torch.arange(len(step_index)) % num_trajectories]
-    order = trajectory_index.argsort(stable=True)
-    return step_index[order], trajectory_index[order]
 
 
 def _counts(task: Task, scores: NormalisedScores) -> Tensor:
@@ -115,56 +97,6 @@ def _counts(task: Task, scores: NormalisedScores) -> Tensor:
 def _generator(task: Task, stream: int) -> torch.Generator:
     """Returns the generator of the permutation (stream 0) or of random counts (stream 1)."""
     return torch.Generator().manual_seed((2 * task.config.seed + stream) % 2**32)
-
-
-def _calibration_set(
-    task: Task, form: CallForm, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter
-) -> dict[str, Tensor]:
-    """Gathers the chosen steps."""
-    conditions = task.artifact.tensors(CONDITION_FILE)
-    varying = {prefix + name for name in form.varying for prefix in (CONDITION, UNCONDITIONAL)} & conditions.keys()
-    _require_values_per_step(task, {name: conditions[name] for name in sorted(varying)})
-    return {
-        **{name: tensor for name, tensor in conditions.items() if name.startswith(CONSTANT)},
-        **{
-            name: tensor[trajectory_index, step_index] if name in varying else tensor[trajectory_index]
-            for name, tensor in conditions.items()
-            if not name.startswith(CONSTANT)
-        },
-        "sample": _chosen_samples(task, step_index, trajectory_index, reporter),
-        "timestep": task.timesteps[step_index],
-        "step_index": step_index,
-        "trajectory_index": trajectory_index,
-    }
-
-
-def _chosen_samples(task: Task, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter) -> Tensor:
-    """Returns the chosen steps of the trajectories, in order of trajectories; it reads one shard at a time."""
-    names = sorted(e.path for e in task.artifact.manifest.payload if e.path.startswith("latents-"))
-    chosen, first = [], 0
-    with reporter.task("Gathering samples", len(names)) as advance:
-        for name in names:
-            latents = task.artifact.tensors(name, ["latents"])["latents"]  # [T, n, *]
-            is_here = (trajectory_index >= first) & (trajectory_index < first + latents.shape[1])
-            samples = latents[step_index[is_here], trajectory_index[is_here] - first]
-            if not bool(samples.isfinite().all()):
-                raise InputError(
-                    f"The latents in {task.artifact.path / name} are not finite.", hint=task.artifact.remedy
-                )
-            chosen.append(samples)
-            first += latents.shape[1]
-            advance(1)
-    return torch.cat(chosen)
-
-
-def _require_values_per_step(task: Task, conditions: Mapping[str, Tensor]) -> None:
-    for name, tensor in conditions.items():
-        if tensor.shape[1:2] != (len(task.timesteps),):
-            path = task.artifact.path / CONDITION_FILE
-            raise InputError(
-                f"'{name}' in {path} has not one value for each of {len(task.timesteps)} steps.",
-                hint=task.artifact.remedy,
-            )
 
 
 def _selection(task: Task, scores: NormalisedScores, counts: Tensor) -> Selection:

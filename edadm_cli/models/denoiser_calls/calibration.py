@@ -134,9 +134,20 @@ class CalibrationSet:
         missing = next((name for name in _NAMES if name not in tensors), None)
         if missing is not None:
             raise InputError(f"{artifact.file(CALIBRATION_FILE)} has no '{missing}'.", hint=artifact.remedy)
-        call = CallForm.load(artifact)
+        calibration_set = cls.of(tensors, CallForm.load(artifact))
+        calibration_set._check(artifact)
+        return calibration_set
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], form: CallForm) -> CalibrationSet:
+        """Returns the set with these tensors, which have the names of its file.
+
+        Args:
+            tensors: The tensors.
+            form: The form of the denoiser's calls.
+        """
         condition = {name: t for name, t in _below(tensors, CONDITION).items() if not name.startswith("unconditional.")}
-        calibration_set = cls(
+        return cls(
             sample=tensors["sample"],
             timestep=tensors["timestep"],
             step_index=tensors["step_index"],
@@ -144,12 +155,10 @@ class CalibrationSet:
             condition=condition,
             unconditional=_below(tensors, UNCONDITIONAL),
             constants=_below(tensors, CONSTANT),
-            template=call.template.model_dump(),
-            branches=call.branches,
-            collected_in=call.dtype,
+            template=form.template.model_dump(),
+            branches=form.branches,
+            collected_in=form.dtype,
         )
-        calibration_set._check(artifact)
-        return calibration_set
 
     def __len__(self) -> int:
         return len(self.sample)

@@ -57,7 +57,7 @@ def test_all_units_together_lower_the_error_of_the_prediction(
     reconstruction.run(units, lambda _: None)
     apart, before = dict(reconstruction.params), _errors(setting)
     done: list[int] = []
-    losses = reconstruction.learn_together(units, len(units), done.append)
+    losses = reconstruction.learn_together(units, len(units), setting.batches, done.append)
     after = _errors(setting)
     assert not losses.is_nearest
     assert losses.loss_before == pytest.approx(1, rel=1e-3)  # each step counts by what is left of its error
@@ -80,7 +80,7 @@ def test_without_a_step_everything_stays_as_the_units_learned_it(make_setting: M
     reconstruction.run(units, lambda _: None)
     apart = dict(reconstruction.params)
     reconstruction.hyperparameters = hyperparameters
-    reconstruction.learn_together(units, len(units), lambda _: None)
+    reconstruction.learn_together(units, len(units), setting.batches, lambda _: None)
     for name, tensor in apart.items():
         torch.testing.assert_close(reconstruction.params[name], tensor, rtol=1e-6, atol=0, msg=name)
 
@@ -89,13 +89,13 @@ def test_a_result_that_was_stored_is_not_learned_again(make_setting: MakeSetting
     setting = make_setting("w3a8", **FIELDS)
     units, reconstruction = setting.units(), _reconstruction(setting, tmp_path)
     reconstruction.run(units, lambda _: None)
-    first = reconstruction.learn_together(units, len(units), lambda _: None)
+    first = reconstruction.learn_together(units, len(units), setting.batches, lambda _: None)
     learned = dict(reconstruction.params)
     again: list[int] = []
     setting.restore()
     resumed = _reconstruction(setting, tmp_path)
     resumed.run(units, lambda _: None)
-    assert resumed.learn_together(units, len(units), again.append) == first
+    assert resumed.learn_together(units, len(units), setting.batches, again.append) == first
     assert again == []
     assert all(torch.equal(resumed.params[name], learned[name]) for name in learned)
 
@@ -111,10 +111,10 @@ def test_parts_of_a_step_have_the_loss_and_the_gradients_of_the_whole(
     together = WholeReconstruction(
         setting.network, setting.plan, setting.ranges, setting.batches, setting.hyperparameters
     )
-    (calls,) = setting.capture([whole], cache)
+    calls = together._capture(whole, cache, ALONE)
+    data = UnitData(calls, calls, {}, together._row_factors(calls, cache, ALONE))
     losses, gradients = [], []
     for rows_at_once in (6, 4, 1):
-        data = UnitData(calls, calls, {}, together._row_factors(calls, cache, ALONE))
         arguments = (setting.network, whole, setting.plan, setting.ranges, data)
         learner = WholeLearner(rows_at_once, 3, *arguments, together.hyperparameters, 0, ALONE, reconstruction.params)
         learner.set_iteration(0)
@@ -142,5 +142,6 @@ def test_codes_go_on_from_learned_ones_and_pass_their_gradient_on() -> None:
     torch.testing.assert_close(codes.variables.grad, torch.full((4,), 0.1))
     with torch.no_grad():
         codes.variables += torch.tensor([-2.1, 0.0, 9.0, -20.0])
+    codes.keep_in_range()
     assert codes.codes()["a"].tolist() == [[0, -6, 7, -8]]
     assert codes.undecided() == 0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edadm_cli.errors import UsageError
-from edadm_cli.select.building import assign_trajectories
+from edadm_cli.models.denoiser_calls.trajectories import assign_trajectories
 from edadm_cli.select.strategies import ScoredSteps, strategies, strategy_named
 
 steps_and_samples = given(st.integers(1, 120), st.integers(0, 2000))
