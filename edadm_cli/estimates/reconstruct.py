@@ -196,7 +196,16 @@ class _Parts:
             total += fits["setup"].seconds(unit.name)
             total += 3 * self.rows / chunk * fits["evaluation"].seconds(unit.name, chunk)
             total += hyperparameters.iterations * fits["step"].seconds(unit.name, hyperparameters.batch_size)
-        return total
+        return total + (self._together() if hyperparameters.network_iterations else 0.0)
+
+    def _together(self) -> float:
+        """Returns the seconds in which all units learn together: targets, evaluations before and after, and steps."""
+        fits, numbers = self.fits, self.hyperparameters
+        rows = numbers.network_samples * self.context.batches.calibration.branches
+        passes = sum(fits["evaluation"].seconds(unit.name, self.batch_rows) for unit in self.context.learning)
+        step = sum(fits["step"].seconds(unit.name, numbers.network_batch_size) for unit in self.context.learning)
+        forwards = rows / self.forward.rows * self.forward.seconds
+        return forwards + 4 * rows / self.batch_rows * passes + numbers.network_iterations * step
 
     @property
     def _with_layers(self) -> bool:

@@ -21,12 +21,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from edadm_cli.errors import MachineError
+from edadm_cli.models.gpu_memory import available_bytes
+from edadm_cli.models.placement import memory_of
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import ChannelValue
 from edadm_cli.reconstruct.batches import Batches
-from edadm_cli.reconstruct.call_signatures import probe_units
+from edadm_cli.reconstruct.call_signatures import UnitForm, probe_units
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.network import SwitchableNetwork
@@ -35,6 +37,8 @@ from edadm_cli.reconstruct.trainer import UnitLearner
 from edadm_cli.reconstruct.unit_data import UnitData, UnitResult, channel_loss, on_device, row_losses, scaled_rows
 
 _SMALLEST_ERROR = 1e-6  # of a step, as a share of the largest error of a step
+_KEPT_PER_LAYER = 6  # tensors of the size of a layer's output: quantized inputs, norms, activation functions, attention
+_MEMORY_SHARE = 0.5  # of the memory of a GPU that is free, or of all memory without one
 _CHANNEL_VALUES: tuple[ChannelValue, ...] = ("weight-scale", "bias")
 
 
@@ -65,6 +69,15 @@ def hyperparameters_of(given: Hyperparameters) -> Hyperparameters:
             "channel_values": values,
         }
     )
+
+
+def activation_bytes(form: UnitForm) -> int:
+    """Returns about how many bytes of activations a row of the whole denoiser keeps for its gradients.
+
+    Args:
+        form: The form of the denoiser's calls, with its layers.
+    """
+    return _KEPT_PER_LAYER * sum(kind.bytes for kind in (*form.inputs, *form.outputs, *form.layers.values()))
 
 
 class WholeLearner(UnitLearner):
@@ -160,7 +173,8 @@ class WholeReconstruction:
         """
         calls = self._capture(whole, cache, processes)
         factors = self._row_factors(calls, cache, processes)
-        data, rows_at_once = UnitData(calls, calls, {}, factors), self.hyperparameters.batch_size
+        data = UnitData(calls, calls, {}, factors)
+        rows_at_once = min(self.hyperparameters.batch_size, self._rows_that_fit(calls.form))
         while True:
             arguments = (self.network, whole, self.plan, self.ranges, data, self.hyperparameters, seed, processes)
             try:
@@ -188,6 +202,12 @@ class WholeReconstruction:
             calls.outputs = [cache.settle(rows, batches.batch_size) for rows in calls.outputs]
             processes.wait()
         return calls
+
+    def _rows_that_fit(self, form: UnitForm) -> int:
+        """Returns how many rows can go through the denoiser at once while their activations are kept for gradients."""
+        device = self.network.device
+        available = available_bytes(device) if device.type == "cuda" else memory_of(device)
+        return max(1, int(_MEMORY_SHARE * available / activation_bytes(form)))
 
     @torch.no_grad()
     def _row_factors(self, calls: UnitCalls, cache: RowCache, processes: Processes) -> Rows:

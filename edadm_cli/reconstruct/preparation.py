@@ -64,15 +64,31 @@ def load_traced(
     """
     config = task.config
     denoiser = CollectedRun.open(task.run).load_denoiser(task.device, config.weights, place, note)
-    if config.recipe.ranges.float_input_share and any(map(is_stored, denoiser.modules())):
-        raise UsageError(
-            f"The recipe '{config.recipe.name}' measures which inputs stay in floating point by a backward pass, which"
-            " needs all weights in memory, but here they stay on disk.",
-            hint="--weights memory, --recipe default, or float_input_share = 0 in the recipe's [ranges]",
-        )
+    if any(map(is_stored, denoiser.modules())):
+        _require_no_backward_pass(config.recipe)
     batches = Batches(CalibrationSet.load(task.selection.within(place)), task.batch_size, task.device)
     (args, kwargs), *_ = iter(batches.few(1))
     return denoiser, trace(denoiser, args, kwargs), batches
+
+
+def _require_no_backward_pass(recipe: Recipe) -> None:
+    """Refuses a recipe that computes gradients through the whole denoiser, whose weights stay on disk."""
+    work = (
+        (
+            "float_input_share",
+            "ranges",
+            "measures which inputs stay in floating point",
+            recipe.ranges.float_input_share,
+        ),
+        ("network_iterations", "learn", "learns all units together", recipe.learn.network_iterations),
+    )
+    for field, table, purpose, value in work:
+        if value:
+            raise UsageError(
+                f"The recipe '{recipe.name}' {purpose} by a backward pass, which needs all weights in memory, but here"
+                " they stay on disk.",
+                hint=f"--weights memory, --recipe default, or {field} = 0 in the recipe's [{table}]",
+            )
 
 
 def _recipe(task: Task, place: str, denoiser: nn.Module, traced: Trace) -> Recipe:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from edadm_cli.artifacts import ExportFacts, Parity, UnitRow
+from edadm_cli.artifacts import ExportFacts, Parity, UnitLosses, UnitRow
 from edadm_cli.artifacts.quantization import load_plan
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.report.contents import RunContents, Width
@@ -46,6 +46,7 @@ def _reconstruction(width: Width) -> Html | None:
         ("loss after", None if loss.last is None else number(loss.last)),
         ("loss before h was rounded", None if loss.soft is None else number(loss.soft)),
         ("undecided weights before rounding", None if loss.undecided is None else f"{loss.undecided:.2%}"),
+        ("error of the prediction", _together(part.facts.together)),
         ("time taken", seconds(environment.get("seconds"))),
         ("seed", str(part.artifact.manifest.seed)),
     ]
@@ -65,6 +66,15 @@ def _reconstruction(width: Width) -> Html | None:
         details(summary, _units(width, learned)) if learned else None,
         _layers(width, load_plan(part.artifact)),
     )
+
+
+def _together(losses: UnitLosses | None) -> str | None:
+    """Describes what learning all units together did to the prediction's squared error."""
+    if losses is None:
+        return None
+    if losses.is_nearest:
+        return "not lower after all units had learned together, so they stay as each had learned"
+    return f"{losses.loss_after / losses.loss_before:.0%} of what it was before all units learned together"
 
 
 def _losses(units: Sequence[UnitRow]) -> Html:
