@@ -15,8 +15,8 @@ MAX_IMAGES = 1_000_000
 SIZE_ARGUMENTS = ("height", "width", "num_frames")
 """Fields of the size of what a pipeline samples; they have the names of the arguments of its call."""
 RECIPE_NAMES = (
-    "default, default-attention, thorough, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, gptq, quick, rtn,"
-    " or your own TOML file"
+    "default, default-attention, thorough, network-wise, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, gptq,"
+    " quick, rtn, or your own TOML file"
 )
 """Values of the flag `--recipe`, for help texts."""
 

@@ -16,6 +16,7 @@ SHIPPED = (
     "default",
     "default-attention",
     "gptq",
+    "network-wise",
     "normal-steps",
     "paper",
     "ptq4dm",
