@@ -110,11 +110,16 @@ def test_an_engine_without_files_is_refused_by_export(run: RunFolder) -> None:
 
 CRASHING = """
 import os, signal
+from edadm_cli.engines.base import CompiledDenoiser
 from edadm_cli.engines.openvino import OpenVinoEngine
+class Crashing(CompiledDenoiser):
+    layers = ()
+    def __call__(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGSEGV)
 class CrashingEngine(OpenVinoEngine):
     name = "crashing"
     def load(self, folder, options):
-        return lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGSEGV)
+        return Crashing()
 """
 
 
