@@ -116,6 +116,8 @@ class Crashing(CompiledDenoiser):
     layers = ()
     def __call__(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGSEGV)
+    def profile(self, *args):
+        return []
 class CrashingEngine(OpenVinoEngine):
     name = "crashing"
     def load(self, folder, options):
