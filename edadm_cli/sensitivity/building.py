@@ -297,8 +297,8 @@ def _learning_factor(nearest: dict[int, float], by_gptq: dict[int, float], recip
     """Returns the factor by which the recipe's rounding changes the error of a layer; `None` for nearest rounding.
 
     GPTQ lets the errors of an output channel's weights cancel each other where their inputs are alike, as learning
-    does. What learning leaves is best predicted by the geometric mean of the errors of GPTQ and nearest rounding
-    (docs/results-digits.md, Mixed bits).
+    does. Of the forms that were tried on one learned denoiser, the geometric mean of the errors of GPTQ and nearest
+    rounding is closest to what learning leaves (docs/results-digits.md, Mixed bits).
     """
     for bits, error in by_gptq.items():
         ratio = error / max(nearest[bits], 1e-30)
