@@ -192,7 +192,7 @@ class WholeReconstruction:
         return result
 
     def _capture(self, whole: Unit, cache: RowCache, processes: Processes) -> UnitCalls:
-        """Returns the calls of the denoiser in full precision, over the calibration set."""
+        """Returns the calls of the denoiser in full precision, over all samples."""
         denoiser, batches = self.network.denoiser, self.batches
         with self.network.full_precision():
             forms = probe_units(denoiser, [whole], batches)

@@ -72,7 +72,7 @@ def _together(losses: UnitLosses | None) -> str | None:
     """Describes what learning all units together did to the prediction's squared error."""
     if losses is None:
         return None
-    if losses.is_nearest:
+    if losses.is_nearest or not losses.loss_before:
         return "not lower after all units had learned together, so they stay as each had learned"
     return f"{losses.loss_after / losses.loss_before:.0%} of what it was before all units learned together"
 

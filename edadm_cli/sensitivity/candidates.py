@@ -36,7 +36,7 @@ class LayerCandidates:
         weight_changes: The rounded weight minus the weight, for `weight_bits`, `grouped_bits` and `gptq_bits`, with
             shape `(B, C_out, ...)`.
         plan: The layer's plan, which says how its input is split into channel parts.
-        input_quantizers: Of each number of `activation_bits`, the quantizer of each channel part of the input.
+        input_quantizers: The quantizer of each channel part of the input, for each number of `activation_bits`.
     """
 
     layer: nn.Module

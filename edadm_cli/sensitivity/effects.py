@@ -81,9 +81,9 @@ def measure_effects(
     for index in reversed(range(len(recorded.calls))):
         call = recorded.calls[index]
         adjoints = [recorded.adjoint(index, directions[k], later[k]) for k in range(count)]
-        found = [torch.zeros_like(call.prediction) if adjoint is None else adjoint for adjoint in adjoints]
-        of_steps[call.place].insert(0, torch.stack([_guided(adjoint, images) for adjoint in found]))
-        inputs, changes = _through_call(denoisers[call.place], call, candidates[call.place], found, images)
+        known = [torch.zeros_like(call.prediction) if adjoint is None else adjoint for adjoint in adjoints]
+        of_steps[call.place].insert(0, torch.stack([_guided(adjoint, images) for adjoint in known]))
+        inputs, changes = _through_call(denoisers[call.place], call, candidates[call.place], known, images)
         for k in range(count):
             later[k][index] = inputs[k]
         for name, change in changes.items():
@@ -115,7 +115,7 @@ def _through_call(
     """Takes the adjoints of a call's prediction back through the denoiser.
 
     Returns:
-        Of each adjoint, the gradients with respect to the call's `inputs`; and of each layer the inner products
+        The gradients with respect to the call's `inputs`, for each adjoint; and by layer the inner products
         `[K, count, N]` of its candidates' changes with the gradient of its output, summed over the rows of an image.
     """
     args, kwargs, leaves = call.with_leaves()

@@ -76,7 +76,7 @@ class RecordedSampling:
         Args:
             index: The number of the call.
             direction: A tensor in the shape of the final sample.
-            later: Of each later call by number, the gradients with respect to its `inputs`.
+            later: The gradients with respect to the `inputs` of each later call, by the number of the call.
         """
         outputs, gradients = [self.final], [direction]
         for number, of_inputs in later.items():
