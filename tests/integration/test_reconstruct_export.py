@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from edadm_cli.artifacts import Artifact, RunFolder, load_tensors
+from edadm_cli.artifacts import Artifact, RunFolder, Units, load_tensors
 from edadm_cli.config import BitWidth, ExportConfig, ReconstructConfig
 from edadm_cli.engines.reference import layer_parity, use_arithmetic
 from edadm_cli.errors import EdadmError, InputError, UsageError
@@ -25,6 +25,7 @@ from edadm_cli.quant.groups import LARGEST_MULTIPLIER
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.recipe import LayerRule, LearnRecipe, Recipe, load_recipe
 from edadm_cli.reconstruct import stage as reconstruct
+from edadm_cli.report import stage as report
 from tests.integration.fresh_interpreter import FreshInterpreter
 
 FreshRun = Callable[[Path], RunFolder]
@@ -101,15 +102,48 @@ def test_a_pattern_that_matches_no_unit_is_refused(recipe: str, tiny_ddpm: Path,
         reconstruct.run(config_of("w4a8", quick(recipe), units=("nothing*",)), fresh_run(tiny_ddpm))
 
 
-@pytest.mark.parametrize("weights", ["disk", "auto"])
-def test_weights_on_disk_have_no_gradients_to_choose_float_inputs_by(
-    weights: str, tiny_ddpm: Path, fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("weights", "table", "field", "value"),
+    [
+        ("disk", "ranges", "float_input_share", 0.05),
+        ("auto", "ranges", "float_input_share", 0.05),
+        ("disk", "learn", "network_iterations", 2),
+    ],
+)
+def test_weights_on_disk_have_no_gradients(
+    weights: str,
+    table: str,
+    field: str,
+    value: float,
+    tiny_ddpm: Path,
+    fresh_run: FreshRun,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("edadm_cli.models.collected.memory_of", lambda _: 1)
     recipe = quick("default")
-    recipe = recipe.model_copy(update={"ranges": recipe.ranges.model_copy(update={"float_input_share": 0.05})})
-    with pytest.raises(UsageError, match="backward pass, which needs all weights in memory"):
+    recipe = recipe.model_copy(update={table: getattr(recipe, table).model_copy(update={field: value})})
+    with pytest.raises(UsageError, match="backward pass, which needs all weights in memory") as caught:
         reconstruct.run(config_of(recipe=recipe, weights=weights), fresh_run(tiny_ddpm))
+    assert f"{field} = 0" in str(caught.value.hint)
+
+
+def test_all_units_learn_together_at_the_end(tiny_sd: Path, fresh_run: FreshRun) -> None:
+    """The report and the estimate know of it."""
+    run, recipe = fresh_run(tiny_sd), quick("network-wise")
+    numbers = {"network_iterations": 4, "network_samples": 5, "network_batch_size": 4}
+    recipe = recipe.model_copy(update={"learn": recipe.learn.model_copy(update=numbers)})
+    reconstruct.run(config_of("w3a8", recipe), run)
+    together = Units.load(run.open("reconstruct", "w3a8")).together
+    assert together is not None
+    assert together.loss_before == pytest.approx(1, rel=1e-3)
+    assert len(together.curve) == 4
+    assert exported(run, "w3a8").parity.images_bit_equal
+    page = report.run(run).read_text(encoding="utf-8")
+    expected = "stay as each had learned" if together.is_nearest else f"{together.loss_after:.0%} of what it was"
+    assert expected in page
+    with_more = recipe.model_copy(update={"learn": recipe.learn.model_copy(update={"network_iterations": 100_000})})
+    seconds = [reconstruct_estimates.estimate(config_of("w3a8", each), run).seconds for each in (recipe, with_more)]
+    assert seconds[1] > 10 * seconds[0]
 
 
 @pytest.mark.parametrize("bits", BITS)
