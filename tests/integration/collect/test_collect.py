@@ -260,7 +260,7 @@ def test_what_a_model_does_not_have_is_refused(tiny_ddpm: Path, prompts: Path, t
     with pytest.raises(UsageError, match="takes no prompts"):
         collect.run(config_of(tiny_ddpm, None).model_copy(update={"prompts": prompts}), run)
     with pytest.raises(UsageError, match=r"DDIMPipeline has no argument 'height', so --height has no meaning"):
-        collect.run(config_of(tiny_ddpm, None, height=16), run)
+        collect.run(config_of(tiny_ddpm, None, height=16, width=16), run)
 
 
 def test_a_given_size_is_that_of_all_later_images_and_part_of_the_identity(

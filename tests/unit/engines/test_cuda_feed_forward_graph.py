@@ -78,7 +78,7 @@ def feed_forwards(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("family", OPERATIONS)
 def test_feed_forward_layers_of_every_family_take_two_products(family: str) -> None:
     denoiser, call = deployed(family)
-    operations = exchanged(denoiser, call, by_inductor=family in ("pixart", "unet"))
+    operations = exchanged(denoiser, call, by_inductor=family == "pixart")
     modules = feed_forwards(denoiser)
     assert modules
     prompt: Any = getattr(denoiser, "caption_projection", None)  # of PixArt, with the same activation
