@@ -16,31 +16,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from study.rows_of_run import print_table, rows_parser
 
 FEWEST_JUDGED = 100  # retrieval of fewer pictures says nothing
-SCHEDULERS: Mapping[str, tuple[type[Any], dict[str, Any]]] = {
-    "DDIM": (DDIMScheduler, {"clip_sample": False}),
-    "Euler": (EulerDiscreteScheduler, {}),
-    "DPM-Solver++, order 2": (DPMSolverMultistepScheduler, {}),
-    "DPM-Solver++, order 3": (DPMSolverMultistepScheduler, {"solver_order": 3}),
-    "UniPC": (UniPCMultistepScheduler, {}),
-    "LMS, order 4": (LMSDiscreteScheduler, {}),
-    "Heun": (HeunDiscreteScheduler, {}),
+SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {"clip_sample": False}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "DPM-Solver++, order 2": ("DPMSolverMultistepScheduler", {}),
+    "DPM-Solver++, order 3": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "LMS, order 4": ("LMSDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
 }
+"""By name, the class in diffusers and the settings that differ from those of the pipeline's own scheduler."""
 
 
 def measure(run: Path, bits: Sequence[str], images: int, device: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns a row per scheduler and bit width."""
+    import diffusers
+    import torch
     from study.emoji_judge import generate, judge, labels, prompts_of
 
     from edadm_cli.artifacts import RunFolder
@@ -61,7 +55,8 @@ def measure(run: Path, bits: Sequence[str], images: int, device: str, names: Seq
     judged, asked = judge(device), labels(prompts_of(collected, images, 0))
     rows = []
     for name in ("", *names):
-        kind, changes = SCHEDULERS[name] if name else (type(original), {})
+        class_name, changes = SCHEDULERS.get(name, (type(original).__name__, {}))
+        kind = getattr(diffusers, class_name)
         exact = None
         for width, model in models.items():
             model.pipeline.scheduler = kind.from_config(original.config, **changes)

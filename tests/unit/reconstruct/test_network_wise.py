@@ -26,7 +26,7 @@ RICH = Recipe(
     attention=AttentionRecipe(quantize=True),
     transforms=(TransformRule(name="input-channel-scale"),),
 )
-FIELDS = {"iterations": 3, "network_iterations": 30, "network_batch_size": 6, "network_learning_rate": 0.02}
+FIELDS = {"iterations": 1, "network_iterations": 30, "network_batch_size": 6, "network_learning_rate": 0.02}
 
 
 def _reconstruction(setting: Any, folder: Path) -> BlockReconstruction:
@@ -72,7 +72,7 @@ def test_all_units_together_lower_the_error_of_the_prediction(
 
 
 def test_without_a_step_everything_stays_as_the_units_learned_it(make_setting: MakeSetting, tmp_path: Path) -> None:
-    setting = make_setting("w4a8", RICH, **FIELDS | {"network_learning_rate": 1e-12})
+    setting = make_setting("w4a8", RICH, **FIELDS | {"network_learning_rate": 1e-12, "network_iterations": 2})
     hyperparameters = setting.hyperparameters.model_copy(
         update={"activation_learning_rate": 1e-12, "channel_learning_rate": 1e-12}
     )
@@ -86,7 +86,7 @@ def test_without_a_step_everything_stays_as_the_units_learned_it(make_setting: M
 
 
 def test_a_result_that_was_stored_is_not_learned_again(make_setting: MakeSetting, tmp_path: Path) -> None:
-    setting = make_setting("w3a8", **FIELDS)
+    setting = make_setting("w3a8", **FIELDS | {"network_iterations": 3})
     units, reconstruction = setting.units(), _reconstruction(setting, tmp_path)
     reconstruction.run(units, lambda _: None)
     first = reconstruction.learn_together(units, len(units), setting.batches, lambda _: None)
