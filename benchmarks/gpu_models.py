@@ -7,12 +7,14 @@
 A case is a model, with a number of rows after a colon if it is not the usual one, and options after further colons:
 `loaded` if the denoiser that `from_pretrained` returns is to be compiled and timed in place of the CUDA engine, `lora`
 if it is to be timed with LoRA adapters as well (`pip install peft`), `cache` if both sides are to be timed with
-diffusers' first-block cache as well, `stages` if the CUDA engine is to be timed without some of its fusions as well.
+diffusers' first-block cache as well, `stages` if the CUDA engine is to be timed without some of its fusions, and with
+other kernels, as well.
 
 torch compiles both sides (repeated blocks once each) and replays them as CUDA graphs, alternately, in one process per
-case; medians are printed. Several cases can be compiled at once: while one is timed, the others are stopped. The
-denoiser is created on the device in its element type and rounded to nearest there. `--smoke` runs every path with tiny
-networks on a CPU; its times mean nothing. Each line of the output is JSON. Cases with a result in `--out` are skipped.
+case; medians are printed. Several cases can be compiled at once: while one is timed, the others are stopped. With
+`--sign` they can be compiled beside other work on the GPU, and are timed when that is over. The denoiser is created on
+the device in its element type and rounded to nearest there. `--smoke` runs every path with tiny networks on a CPU; its
+times mean nothing. Each line of the output is JSON. Cases with a result in `--out` are skipped.
 """
 
 from __future__ import annotations
@@ -45,7 +47,13 @@ from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.capture import GraphedFunction
 from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
-from edadm_cli.engines.cuda.compiled.plain import compile_blocks, many_shapes, placed_copy, repeated_blocks
+from edadm_cli.engines.cuda.compiled.plain import (
+    compile_blocks,
+    has_fused_blocks,
+    many_shapes,
+    placed_copy,
+    repeated_blocks,
+)
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.integrations.deployment import make_ready
 from edadm_cli.models.denoiser_calls.predictions import prediction_of
@@ -199,7 +207,7 @@ class Model:
             name, run = "int8 engine", lambda model: CudaEngine().compile(model, args, kwargs, options)
         contenders: dict[str, Callable[..., Any]] = {name: run(quantized)}
         if self.case.stages:
-            contenders |= staged(name, lambda: run(quantized), self.call)
+            contenders |= staged(name, lambda: run(quantized), self.call, has_fused_blocks(self.full))
         if self.case.lora:
             for adapter, (rank, ends) in ADAPTERS.items():
                 contenders[f"{name}, {adapter}"] = run(adapted(quantized, rank, ends, self.dtype))
@@ -318,6 +326,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file that every line is appended to")
     parser.add_argument("--seconds", type=float, default=340, help="time limit of all cases together")
     parser.add_argument("--cap", type=float, default=120, help="time limit of compiling one case in seconds")
+    parser.add_argument("--sign", type=Path, help="compiled cases are timed only once this file exists")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     if options.case:
@@ -328,7 +337,7 @@ def main() -> None:
     command += ["--kernels", str(options.kernels), *(["--smoke"] if options.smoke else []), "--case"]
     cases = options.models.split(",") if options.models else list(known)
     cases = unfinished(cases, options.out, settings_of(options))
-    for line in measure(cases, command, options.at_once, options.cap, options.seconds):
+    for line in measure(cases, command, options.at_once, options.cap, options.seconds, options.sign):
         add_line(line, options.out)
 
 

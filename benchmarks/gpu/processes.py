@@ -123,7 +123,9 @@ def unfinished(cases: list[str], path: Path | None, settings: dict[str, Any]) ->
     return [case for case in cases if case not in done]
 
 
-def measure(cases: list[str], command: list[str], at_once: int, cap: float, seconds: float) -> Iterator[str]:
+def measure(
+    cases: list[str], command: list[str], at_once: int, cap: float, seconds: float, sign: Path | None = None
+) -> Iterator[str]:
     """Yields a line of JSON per case; no process is left over when the iteration ends, however it ends.
 
     Args:
@@ -132,9 +134,11 @@ def measure(cases: list[str], command: list[str], at_once: int, cap: float, seco
         at_once: Number of cases that are compiled at the same time.
         cap: The time limit of compiling one case, in seconds.
         seconds: The time limit of all cases.
+        sign: A file; compiled cases wait until it exists. Without one they are timed at once.
     """
     last = time.monotonic() + seconds
     running: list[Running] = []
+    compiled: list[Running] = []
     waiting = list(cases)
     try:
         while waiting or running:
@@ -143,15 +147,25 @@ def measure(cases: list[str], command: list[str], at_once: int, cap: float, seco
             if not running:
                 yield json.dumps({"case": waiting.pop(0), "skipped": "no time left"})
                 continue
+            may_time = sign is None or sign.exists()
             for case in list(running):
-                line = case.line(0.2)
-                if line and line.strip() != COMPILED:  # something that a library prints
-                    continue
-                if line is None and time.monotonic() < min(case.deadline, last):
-                    continue
-                result = case.result(running) if line else case.failure(ended=line is not None)
-                running.remove(case)
-                yield result
+                if case not in compiled:
+                    line = case.line(0.2)
+                    if line and line.strip() != COMPILED:  # something that a library prints
+                        continue
+                    if line is None and time.monotonic() < min(case.deadline, last):
+                        continue
+                    if not line:
+                        running.remove(case)
+                        yield case.failure(ended=line is not None)
+                        continue
+                    compiled.append(case)
+                if may_time or time.monotonic() > last:
+                    result = case.result(running) if may_time else case.failure(ended=False)
+                    running.remove(case)
+                    yield result
+            if not may_time:
+                time.sleep(0.2)
     finally:  # the processes have a session of their own, so that an interrupt does not reach them
         for case in running:
             case.end()

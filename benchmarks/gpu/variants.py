@@ -1,10 +1,10 @@
-"""Contenders of `gpu_models.py` with a step cache or with LoRA adapters."""
+"""Contenders of `gpu_models.py` with a step cache, with LoRA adapters, or with other kernels."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -20,9 +20,12 @@ from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.integrations.caching import enable_cache
 from edadm_cli.integrations.lora import add_adapter
 from edadm_cli.quant.layers import QuantizedLayer
-from edadm_kernels.hopper import group_norm
+from edadm_kernels import added, gemm, norm_launch
+from edadm_kernels.hopper import group_norm, matrices
+from edadm_kernels.norm_plans import LayerPlan, layer_plan
 
 LIMITS = ((64, 4), (128, 8), (256, 16))  # of chunks of a GroupNorm before its blocks went through several
+_WARP_CHANNELS = 1536  # of all rows that one warp normalizes
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Function = Callable[..., Any]
 CACHE = "first-block:0.08"
@@ -48,13 +51,45 @@ def one_chunk_per_block() -> Iterator[None]:
     group_norm.group_norm_plan.cache_clear()
 
 
-def staged(name: str, run: Callable[[], Function], call: Call) -> dict[str, Function]:
-    """Returns contenders by name: the CUDA engine without what its kernels do for the layers behind them.
+@contextmanager
+def one_warp_per_program() -> Iterator[None]:
+    """Makes a program of LayerNorm one warp with up to 1,536 channels, inside a `with` block."""
+
+    def plan(channels: int) -> LayerPlan:
+        usual = layer_plan(channels)
+        rows = 1 << (max(1, _WARP_CHANNELS // channels).bit_length() - 1)
+        return LayerPlan(channels, usual.head, usual.tail, rows, num_warps=1 if channels <= _WARP_CHANNELS else 2)
+
+    with patch.object(norm_launch, "layer_plan", plan):
+        yield
+
+
+@contextmanager
+def residuals_in_large_products() -> Iterator[None]:
+    """Makes the kernel for large matrices add the residuals of linear layers wherever it can, inside a `with` block."""
+    usual = gemm.fill_linear
+
+    def fill(x: Any, weight: Any, scale: Any, correction: Any, bias: Any, residual: Any, out: Any) -> None:
+        operands = (x, weight, scale, correction, bias)
+        if residual is None or x.shape[0] < 2048 or not added._takes(*operands, residual, None, None):
+            usual(*operands, residual, out)
+            return
+        tile = matrices.choose(x.shape[0], (weight.shape[0],), weight.shape[1], adds=True)
+        addition = matrices.Addition(residual)
+        matrices.launch_matrices(tile, x, [weight], [scale], [correction], [bias], [out], addition=addition)
+
+    with patch.object(gemm, "fill_linear", fill):
+        yield
+
+
+def staged(name: str, run: Callable[[], Function], call: Call, is_fused: bool) -> dict[str, Function]:
+    """Returns contenders by name: the CUDA engine without some of its fusions, and with other kernels.
 
     Args:
         name: The name of the engine among the contenders.
         run: A function that compiles a denoiser for the engine.
         call: Arguments of a call; each contender is called once, so that its CUDA graph is recorded.
+        is_fused: Whether the engine assembles the denoiser from fused blocks, which some changes concern.
     """
 
     @contextmanager
@@ -66,11 +101,16 @@ def staged(name: str, run: Callable[[], Function], call: Call) -> dict[str, Func
         ):
             yield
 
+    changes: list[tuple[Callable[[], AbstractContextManager[None]], str]]
+    changes = [(one_warp_per_program, "one warp per program of LayerNorm")]
+    if is_fused:
+        changes += [
+            (residuals_in_large_products, "residuals in the kernel for large matrices"),
+            (codes_by_themselves, "codes of shortcuts and projections by themselves"),
+            (one_chunk_per_block, "one chunk per block of GroupNorm"),
+        ]
     contenders = {}
-    for change, change_name in (
-        (codes_by_themselves, "codes of shortcuts and projections by themselves"),
-        (one_chunk_per_block, "one chunk per block of GroupNorm"),
-    ):
+    for change, change_name in changes:
         with change():
             contenders[f"{name}, {change_name}"] = function = run()
             function(*call[0], **call[1])
