@@ -160,11 +160,20 @@ def wrong_result(what: str, plugin: object, result: object, expected: str) -> Ma
         result: The value that it returned.
         expected: What its interface says.
     """
-    package = type(plugin).__module__.partition(".")[0]
+    package = _package_of(plugin)
     return MachineError(
         f"{what} of the package {package} returned {_shown(result)}, where {expected} is expected.",
         hint=f"update or uninstall {package}, or report it to the authors of that package",
     )
+
+
+def is_of_this_package(plugin: object) -> bool:
+    """Returns whether the class of an object belongs to `edadm_cli` and not to another package."""
+    return _package_of(plugin) == __name__.partition(".")[0]
+
+
+def _package_of(plugin: object) -> str:
+    return type(plugin).__module__.partition(".")[0]
 
 
 def _shown(value: object) -> str:

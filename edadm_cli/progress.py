@@ -1,4 +1,4 @@
-"""The interface by which a stage reports its progress, to a terminal, a log, or nobody."""
+"""The interface by which a stage reports its progress, to a terminal, a log, or nobody; and the names of long steps."""
 
 from __future__ import annotations
 
@@ -20,6 +20,29 @@ class Reporter(Protocol):
 
     def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """Opens a progress bar of `total` steps, and yields the progress callback, which takes the steps just done."""
+
+
+_long_steps: list[Callable[[], str]] = []
+
+
+@contextmanager
+def long_step(describe: Callable[[], str]) -> Iterator[None]:
+    """Names a step that may take minutes and cannot count how far it is, such as a download, while entered.
+
+    Args:
+        describe: Returns the words for it, such as "downloading owner/name". It is called from another thread.
+    """
+    _long_steps.append(describe)
+    try:
+        yield
+    finally:
+        _long_steps.remove(describe)
+
+
+def current_long_step() -> str | None:
+    """Returns the words for the innermost long step that is running; `None` if there is none."""
+    innermost = _long_steps[-1:]  # one operation, because the step may end meanwhile
+    return innermost[0]() if innermost else None
 
 
 class SilentReporter:

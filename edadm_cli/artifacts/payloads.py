@@ -147,11 +147,18 @@ class _Learning(BaseModel):
     curve: tuple[float, ...] = Field((), description="what was minimised, at fewer than 100 equally spaced iterations")
     loss_soft: float | None = Field(None, description="at the end of learning, before h was rounded to 0 or 1")
     undecided: float | None = Field(None, description="share of the weights with 0.05 < h < 0.95 at that time")
-    is_nearest: bool = Field(False, description="whether learning made it worse, so that it stays as it was before")
+    is_nearest: bool = Field(
+        False,
+        description="whether learning raised the loss, so that the weights are as they were before it: rounded to "
+        "nearest, or, where all units learn together, as each of them had learned",
+    )
 
 
 class UnitLosses(_Learning):
-    """The losses of a unit that learned; a reconstruction keeps them in `unit.json` until it is complete."""
+    """The losses of a unit that learned, or of all units together.
+
+    A reconstruction keeps them in `unit.json` until it is complete.
+    """
 
     loss_before: float = Field(description="with weights rounded to nearest, or as the units have learned them")
     loss_after: float = Field(description="with the rounding that is deployed")

@@ -206,7 +206,8 @@ def _command(
     def decorate(body: Body) -> Callable[..., None]:
         def command(**values: Any) -> None:
             execution = _begin(body.__name__, **{name: values.pop(name) for name in names})
-            body(execution, values)
+            with execution.reporter.alive(f"edadm {execution.command}"):
+                body(execution, values)
 
         command.__doc__ = body.__doc__
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

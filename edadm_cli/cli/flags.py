@@ -173,7 +173,8 @@ STAGE = (
         bool,
         default=False,
         rich_help_panel=_WHERE,
-        help="Report what is up to date, and estimate time, memory and disk of the rest, without changing anything.",
+        help="Report what is up to date, and estimate time, memory and disk of the rest by a short probe, which may "
+        "load the model; the run does not change.",
     ),
     *OUTPUT,
 )

@@ -26,7 +26,7 @@ from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.registry import ModelEntry
-from edadm_cli.progress import Reporter
+from edadm_cli.progress import Reporter, long_step
 
 KIND = "engine"
 
@@ -82,7 +82,8 @@ def engine_artifact(
             folder = build.path / place
             folder.mkdir(exist_ok=True)
             args, kwargs = example(run, device, torch.float32, place)
-            engine.save(each.denoiser, args, kwargs, options, folder)
+            with long_step(lambda: f"converting the denoiser for the engine '{engine.name}'"):
+                engine.save(each.denoiser, args, kwargs, options, folder)
             if isinstance(engine, FileEngine) and engine.refusal(device) is None:
                 require_first_call(engine, folder, args, kwargs, options)
         return build.commit()
@@ -102,7 +103,8 @@ def compile_new(
     if not isinstance(engine, FileEngine):
         return compile_denoiser(engine, denoiser, args, kwargs, options)
     with TemporaryDirectory(prefix="edadm-engine-") as folder:
-        engine.save(denoiser, args, kwargs, options, Path(folder))
+        with long_step(lambda: f"converting the denoiser for the engine '{engine.name}'"):
+            engine.save(denoiser, args, kwargs, options, Path(folder))
         require_first_call(engine, Path(folder), args, kwargs, options)
         compiled = load_denoiser(engine, Path(folder), options)
         compiled.keep_source(denoiser)
@@ -126,7 +128,8 @@ def require_first_call(
         hint="edadm engines lists the other engines; without --engine, torch computes",
         hint_if_killed="free some memory; without --engine, torch computes",
     )
-    IsolatedProcess(lost, _first_call, engine, folder, pack((args, kwargs)), options).close()
+    with long_step(lambda: f"calling the denoiser on the engine '{engine.name}' for the first time"):
+        IsolatedProcess(lost, _first_call, engine, folder, pack((args, kwargs)), options).close()
 
 
 def _first_call(engine: FileEngine, folder: Path, packed: Any, options: EngineOptions) -> None:

@@ -11,9 +11,10 @@ from torch import nn
 
 from edadm_cli.engines.adapters import strengths_of
 from edadm_cli.engines.base import CompiledDenoiser
-from edadm_cli.engines.results import require_prediction
+from edadm_cli.engines.results import require_prediction, require_shape
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.plugins import is_of_this_package
 
 _TOO_LATE = ("enable_freeu", "set_attn_processor", "enable_cache")  # methods that change what a denoiser predicts
 _ADAPTERS_TOO_LATE = ("load_lora_adapter", "add_adapter", "fuse_lora", "unload_lora", "delete_adapters")
@@ -38,14 +39,23 @@ class EngineDenoiser(nn.Module):
         self.anchor = nn.Parameter(torch.empty(0, dtype=first.dtype, device=first.device), requires_grad=False)
         nn.Module.to(denoiser, "meta")
         self.compiled = compiled
+        self._is_unchecked = not is_of_this_package(compiled)  # the first call shows which shape it predicts
 
     def use_cache_of(self, parts: nn.Module) -> None:
         """Passes a pipeline's calls of cache methods to the modules that run; see `integrations.caching`."""
         self.__dict__["_parts"] = parts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the denoiser on its engine."""
-        return require_prediction(self.compiled, self.compiled(*args, **kwargs))
+        """Runs the denoiser on its engine.
+
+        Raises:
+            MachineError: An engine of another package returns no prediction, or one of another shape.
+        """
+        output = require_prediction(self.compiled, self.compiled(*args, **kwargs))
+        if self._is_unchecked:
+            require_shape(self.compiled, self.stands_for, args, kwargs, output)
+            self._is_unchecked = False
+        return output
 
     @property
     def stands_for(self) -> nn.Module:

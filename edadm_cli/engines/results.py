@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from edadm_cli.engines.base import CompiledDenoiser, Engine, EngineOptions, FileEngine, LayerExecution, OperationTime
 from edadm_cli.plugins import wrong_result
@@ -60,13 +62,40 @@ def require_prediction(compiled: CompiledDenoiser, output: Any) -> Any:
         MachineError: It is something else.
     """
     try:
-        first = output if isinstance(output, Tensor) else output[0]
+        first = _first(output)
     except (LookupError, TypeError):
         first = None
     rows = first if isinstance(first, list) and first else [first]
     if not all(isinstance(row, Tensor) for row in rows):
         raise wrong_result("A denoiser", compiled, output, "the output object or the tuple that the denoiser returns")
     return output
+
+
+def require_shape(
+    compiled: CompiledDenoiser, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Checks that a prediction has the shape that the denoiser itself predicts.
+
+    Nothing is checked if the denoiser's `forward` reads values of tensors, because it then cannot run on `meta`.
+
+    Args:
+        compiled: The denoiser on an engine.
+        denoiser: The denoiser itself, with weights on the device `meta`, so that its call computes only shapes.
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
+        output: The result of `compiled` for this call.
+
+    Raises:
+        MachineError: The prediction has another shape.
+    """
+    args, kwargs = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
+    try:
+        with torch.no_grad():
+            expected = _shape_of(denoiser(*args, **kwargs))
+    except Exception:  # noqa: BLE001 - each forward fails in its own way
+        return
+    if _shape_of(output) != expected:
+        raise wrong_result("A denoiser", compiled, _first(output), f"a prediction with shape {expected}")
 
 
 def require_rows(compiled: CompiledDenoiser, what: str, rows: Any, kind: type[RowT]) -> list[RowT]:
@@ -84,6 +113,16 @@ def require_rows(compiled: CompiledDenoiser, what: str, rows: Any, kind: type[Ro
     if not isinstance(rows, list | tuple) or not all(isinstance(row, kind) for row in rows):
         raise wrong_result(f"'{what}' of a denoiser", compiled, rows, f"a list of '{kind.__name__}'")
     return list(rows)
+
+
+def _first(output: Any) -> Any:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _shape_of(output: Any) -> Any:
+    """Returns the shape of a prediction, or a list of shapes if it has one tensor per row."""
+    first = _first(output)
+    return [tuple(row.shape) for row in first] if isinstance(first, list) else tuple(first.shape)
 
 
 def _denoiser(engine: Engine, result: object) -> CompiledDenoiser:

@@ -32,6 +32,7 @@ from edadm_cli.models.sources.folder import read_folder
 from edadm_cli.models.sources.from_folder import load_folder
 from edadm_cli.models.sources.locating import Location, files_of, is_random
 from edadm_cli.models.sources.stored_denoiser import denoisers_of, stored_architecture, stored_component
+from edadm_cli.progress import long_step
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -151,9 +152,15 @@ def _open(
         ready = {}
         if stored:
             ready[architecture.denoiser_name] = stored_architecture(architecture, seed).place(device, dtype)
-        pipeline = build_random_pipeline(architecture, seed, dtype, device, ready)
+        with long_step(lambda: f"generating the random weights of {model}"):
+            pipeline = build_random_pipeline(architecture, seed, dtype, device, ready)
         return _Source(pipeline, fingerprint, has_stored_denoiser=stored)
     path, revision = location if isinstance(location, tuple) else files_of(model, entry)
+    with long_step(lambda: f"loading {model}"):
+        return _read(path, revision, dtype, device, stored)
+
+
+def _read(path: Path, revision: str | None, dtype: torch.dtype, device: torch.device, stored: bool) -> _Source:
     if path.is_file():
         checkpoint = open_checkpoint(path, dtype)
         return _Source(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import re
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "edadm_cli"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAX_SHIPPED_BYTES = 64_000_000
+PLACE = re.compile(r"(/|[A-Za-z]:\\|~/)\w+[/\\]")
 
 
 def _data_files(package: Path = PACKAGE) -> set[Path]:
@@ -32,6 +37,22 @@ def test_every_data_file_is_shipped(package: Path) -> None:
 
 def test_the_shipped_models_stay_small() -> None:
     assert sum(path.stat().st_size for path in _data_files()) < MAX_SHIPPED_BYTES
+
+
+def test_no_shipped_model_says_where_it_lay() -> None:
+    """Of a vocabulary, the keys are texts and the values are numbers, so it has no such value either."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        for child in children:
+            yield from texts(child)
+
+    described = [path for path in _data_files() if path.suffix == ".json"]
+    found = {path: [text for text in texts(json.loads(path.read_text())) if PLACE.match(text)] for path in described}
+    assert any(path.name == "model_index.json" for path in found)
+    assert {path: places for path, places in found.items() if places} == {}
 
 
 def test_entry_points_lead_to_functions() -> None:

@@ -1,7 +1,8 @@
 """Lists all families: those of this package, and those that other installed packages register.
 
 Another package adds a family by an entry point of the group `edadm.families` whose object is a `DenoiserFamily` or a
-sequence of them, or by a call of `register`. Its families come before those of this package.
+sequence of them, or by a call of `register`. Its families come before those of this package. If the families of two
+packages describe one class, every command that asks for a family fails.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 from edadm_cli.errors import MachineError
 from edadm_cli.models.families import dit, ernie, flux, hidream, lumina2, others, qwen_image21, sd3, unet, z_image
 from edadm_cli.models.families.family import UNDESCRIBED, DenoiserFamily
-from edadm_cli.plugins import load_object, plugin_points
+from edadm_cli.plugins import load_object, origin, plugin_points
 
 GROUP = "edadm.families"
 _MODULES = (unet, dit, sd3, flux, lumina2, z_image, hidream, qwen_image21, ernie, others)
@@ -77,7 +78,25 @@ def _points() -> tuple[EntryPoint, ...]:
 
 @cache
 def _from_packages() -> tuple[DenoiserFamily, ...]:
-    return tuple(family for point in _points() for family in _load(point))
+    """Returns the families of other packages, in the order of their entry points.
+
+    Raises:
+        MachineError: An entry point cannot be loaded, or several families describe one class.
+    """
+    found: list[DenoiserFamily] = []
+    origins: dict[str, str] = {}
+    for point in _points():
+        for family in _load(point):
+            for denoiser in family.denoisers:
+                if denoiser in origins:
+                    raise MachineError(
+                        f"Several families of the entry-point group {GROUP} describe the class {denoiser}: "
+                        f"{origins[denoiser]} and {origin(point)}.",
+                        hint="uninstall the package that adds one of them",
+                    )
+                origins[denoiser] = origin(point)
+            found.append(family)
+    return tuple(found)
 
 
 def _load(point: EntryPoint) -> tuple[DenoiserFamily, ...]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from edadm_cli.artifacts import explain_os_error
 from edadm_cli.errors import InputError, MachineError
+from edadm_cli.progress import long_step
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _TIMEOUT_S = 10.0
@@ -46,7 +50,8 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
     except Exception:  # noqa: BLE001 - no network, a proxy, offline mode, an outage: the cache will do
         local_only = True
     try:
-        folder = _download_safetensors(repo_id, revision, local_only)
+        with long_step(_progress_of(repo_id)):
+            folder = _download_safetensors(repo_id, revision, local_only)
     except InputError:
         raise
     except Exception as error:
@@ -61,6 +66,25 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"'{repo_id}' cannot be downloaded from the hub: {reason}") from error
     return folder, folder.name
+
+
+def _progress_of(repo_id: str) -> Callable[[], str]:
+    """Returns a function that says how much of a repository was written to the cache since this call."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model") / "blobs"
+
+    def size() -> int:
+        """Returns the bytes of all files of the repository, complete or not."""
+        total = 0
+        with suppress(OSError):  # a file that has just been renamed
+            for entry in os.scandir(blobs):
+                total += entry.stat().st_size
+        return total
+
+    before = size()
+    return lambda: f"downloading {repo_id} from the hub: {(size() - before) / 2**20:,.0f} MiB"
 
 
 def _download_safetensors(repo_id: str, revision: str | None, local_only: bool) -> Path:

@@ -7,14 +7,17 @@ import platform
 import pty
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from edadm_cli.cli import console
 from edadm_cli.cli.console import ConsoleReporter, can_redraw
 from edadm_cli.cli.process_setup import keep_freed_memory
-from edadm_cli.progress import Reporter, SilentReporter
+from edadm_cli.progress import Reporter, SilentReporter, long_step
 
+QUICK = {"_LINE_SECONDS": 0.02, "_TICK_SECONDS": 0.001}
 SCRIPT = """
 from edadm_cli.cli.console import ConsoleReporter
 import sys
@@ -57,6 +60,46 @@ def test_in_a_log_progress_is_a_line_now_and_then(
             advance(2)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["units: 4 of 9 done, 31 s after the start", "units: 8 of 9 done, 62 s after the start"]
+
+
+def test_a_log_shows_that_a_step_without_progress_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in QUICK.items():
+        monkeypatch.setattr(console, name, value)
+    written: list[str] = []
+
+    def wait_for(text: str) -> None:
+        deadline = time.monotonic() + 20
+        while not any(line.startswith(text) for line in written):
+            assert time.monotonic() < deadline, f"there is no line '{text}' in {written}"
+            time.sleep(0.005)
+            written.extend(capsys.readouterr().err.splitlines())
+
+    reporter = ConsoleReporter(bars=False, verbose=False, lines=True)
+    with reporter.alive("edadm bench"):
+        wait_for("edadm bench is still working, 0 s after the start")
+        with long_step(lambda: "downloading owner/name"):
+            wait_for("downloading owner/name, 0 s")
+        with reporter.task("units", 9) as advance:
+            advance(4)
+            wait_for("units: 4 of 9 done, 0 s")
+        written.clear()
+        wait_for("edadm bench is still working")
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert capsys.readouterr().err == "", "nothing is written after the end"
+
+
+@pytest.mark.parametrize("options", [{"silent": True, "lines": True}, {"lines": False}])
+def test_a_quiet_command_and_a_further_process_show_no_sign_of_life(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: dict[str, bool]
+) -> None:
+    for name, value in QUICK.items():
+        monkeypatch.setattr(console, name, value)
+    with ConsoleReporter(bars=False, verbose=False, **options).alive("edadm bench"):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

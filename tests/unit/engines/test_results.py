@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution
+from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
 from edadm_cli.engines.parity import compare_layers
+from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.engines.results import compile_denoiser, require_like, require_prediction, require_rows
 from edadm_cli.errors import MachineError
@@ -78,3 +81,31 @@ def test_a_denoiser_whose_layers_are_no_rows() -> None:
     for rows in (None, ["int8"], iter([row])):
         with pytest.raises(MachineError, match=r"'layers' of a denoiser .* a list of 'LayerExecution' is expected"):
             require_rows(COMPILED, "layers", rows, LayerExecution)
+
+
+class HalfDenoiser(CompiledDenoiser):
+    """Predicts fewer columns than the denoiser."""
+
+    def __init__(self, denoiser: nn.Module, divisor: int) -> None:
+        self.denoiser, self.divisor = copy.deepcopy(denoiser), divisor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        sample = self.denoiser(*args, **kwargs)[0]
+        return (sample[..., : sample.shape[-1] // self.divisor],)
+
+    @property
+    def layers(self) -> tuple[LayerExecution, ...]:
+        return ()
+
+    def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
+        return []
+
+
+def test_a_prediction_of_another_shape_names_the_package_in_a_pipeline(quantized: nn.Module, call: Call) -> None:
+    args, kwargs = call
+    expected = tuple(quantized(*args, **kwargs)[0].shape)
+    narrow, whole = (EngineDenoiser(copy.deepcopy(quantized), HalfDenoiser(quantized, each)) for each in (2, 1))
+    assert whole(*args, **kwargs)[0].shape == expected
+    message = rf"A denoiser of the package tests returned .*, where a prediction with shape {re.escape(str(expected))}"
+    with pytest.raises(MachineError, match=message):
+        narrow(*args, **kwargs)

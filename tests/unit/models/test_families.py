@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import cast
 
 import diffusers
@@ -10,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edadm_cli import plugins
 from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import CompiledDenoiser
 from edadm_cli.engines.pipeline import EngineDenoiser
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, MachineError
 from edadm_cli.models.families import DenoiserFamily, block_kinds, families, family_of, middle_module, registry
 from edadm_cli.models.units import trace, units
 from edadm_cli.recipe import load_recipe
@@ -116,3 +119,28 @@ def test_a_denoiser_on_an_engine_has_the_family_of_the_one_it_stands_for() -> No
     expected = family_of(denoiser)
     assert expected.one_prompt_pipelines == ("DreamLitePipeline",)
     assert family_of(EngineDenoiser(denoiser, cast(CompiledDenoiser, lambda *_: None))) is expected
+
+
+def test_two_packages_with_a_family_of_one_class_are_both_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module, names in (("one_family", '"Shared", "Mine"'), ("other_family", '"Shared"')):
+        text = "from edadm_cli.models.families import DenoiserFamily\n"
+        (tmp_path / f"{module}.py").write_text(f"{text}FAMILY = DenoiserFamily('{module}', denoisers=({names},))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    points = [EntryPoint("toy", f"{module}:FAMILY", registry.GROUP) for module in ("one_family", "other_family")]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == registry.GROUP else [])
+    cached = (registry._points, registry._from_packages)
+    try:
+        for each in cached:
+            each.cache_clear()
+        with pytest.raises(MachineError, match=r"describe the class Shared: one_family \(.*\) and other_family \("):
+            family_of(nn.Linear(1, 1))
+        points.pop()
+        for each in cached:
+            each.cache_clear()
+        assert families()[0].denoisers == ("Shared", "Mine")
+    finally:
+        monkeypatch.undo()
+        for each in cached:
+            each.cache_clear()

@@ -24,6 +24,7 @@ from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.models.registry import known_models
 from edadm_cli.models.sources import locating
 from edadm_cli.models.sources.folder import read_folder
+from edadm_cli.progress import current_long_step
 from tests.denoisers.transformers import hunyuan_image, krea2
 
 CPU = torch.device("cpu")
@@ -302,6 +303,26 @@ def test_a_hub_repository_with_variants_only_is_fetched_as_such(
         message = refusal("owner/name").message
         assert "no safetensors weights" in message
         assert len(message) < 200
+
+
+def test_a_download_says_how_much_has_arrived(tiny_ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs = tmp_path / "models--owner--name/blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "of-an-earlier-download").write_bytes(bytes(2**20))
+    seen: list[str | None] = []
+
+    def fetch(repo_id: str, **options: Any) -> str:
+        seen.append(current_long_step())
+        (blobs / "0123.incomplete").write_bytes(bytes(3 * 2**20))
+        seen.append(current_long_step())
+        return str(tiny_ddpm)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", fetch)
+    load_model("owner/name", CPU, torch.float32)
+    assert seen == [f"downloading owner/name from the hub: {mib} MiB" for mib in (0, 3)]
+    assert current_long_step() is None
 
 
 def test_a_download_for_which_there_is_no_space_is_for_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

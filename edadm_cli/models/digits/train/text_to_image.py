@@ -129,6 +129,7 @@ def save_pipeline(task: TextToImageTask, folder: Path) -> None:
 
     Whatever release of transformers is installed, the text encoder has the form of every Stable Diffusion checkpoint:
     its tensor names start with `text_model.`, and its configuration makes it load in float32 like the other components.
+    The configuration of the autoencoder does not say where it was loaded from.
     """
     StableDiffusionPipeline(
         vae=task.autoencoder, text_encoder=task.text_encoder, tokenizer=task.tokenizer, unet=task.denoiser,
@@ -139,6 +140,8 @@ def save_pipeline(task: TextToImageTask, folder: Path) -> None:
     state = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
     save_file(state, weights, metadata={"format": "pt"})
     write_json(config, json.loads(config.read_text()) | {"dtype": "float32"})
+    config = folder / "vae" / "config.json"
+    write_json(config, {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"})
 
 
 def train_text_to_image(corpus: Corpus, settings: TrainSettings) -> None:
