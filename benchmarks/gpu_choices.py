@@ -29,7 +29,7 @@ from edadm_kernels import norm_launch
 from edadm_kernels.norm_plans import LayerPlan, layer_plan
 
 # samples, tokens per sample, channels; whether a scale and a shift per sample follow
-ROWS = (
+ROWS: tuple[tuple[int, int, int, bool], ...] = (
     *((2, 4096, 1536, True), (2, 4096, 1152, True), (64, 256, 1152, True), (1, 4096, 3072, True)),
     *((16, 4096, 320, False), (16, 1024, 640, False), (16, 256, 1280, False)),
     *(
@@ -135,8 +135,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cpu" if options.smoke else "cuda")
     clock = Clock(device)
-    rows = ((2, 8, 64, True), (2, 8, 64, False)) if options.smoke else ROWS
-    rows = tuple(shape for shape in rows if options.channels in (None, shape[2]))
+    listed = ((2, 8, 64, True), (2, 8, 64, False)) if options.smoke else ROWS
+    rows = tuple(shape for shape in listed if options.channels in (None, shape[2]))
     if "rows" in options.sections:
         time_rows(clock, device, rows, options.compile_only)
     if "residuals" in options.sections and not options.compile_only:

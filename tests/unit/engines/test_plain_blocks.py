@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,6 +85,44 @@ def test_blocks_with_embedders_of_their_own_are_conditioned_in_three_launches() 
     later = {**call[1], "timestep": call[1]["timestep"] + 100}
     again = prediction_of(compiled(*call[0], **later))
     assert relative_l2(again, exact(denoiser, (call[0], later))) < 1e-3, "every step has its own"
+
+
+def three_joint_blocks() -> tuple[nn.Module, Call]:
+    denoiser = SD3Transformer2DModel(
+        **{
+            "sample_size": 8,
+            "num_layers": 3,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "qk_norm": "rms_norm",
+        },
+        **{"joint_attention_dim": 16, "caption_projection_dim": 32, "pooled_projection_dim": 16},
+        **{"out_channels": 16, "pos_embed_max_size": 8, "dual_attention_layers": (0, 1)},
+    )
+    initialize(denoiser.eval().requires_grad_(False), 0)
+    call = example_call(denoiser, batch_size=2, size=(8, 8))
+    with torch.no_grad():
+        quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
+    return denoiser, call
+
+
+@torch.no_grad()
+def test_projections_of_one_embedding_are_computed_in_one_launch_per_size() -> None:
+    denoiser, call = three_joint_blocks()
+    compiled: Any = CudaEngine().compile(denoiser, *call, CPU)
+    with counted() as counts:
+        actual = prediction_of(compiled(*call[0], **call[1]))
+    assert counts["linear_stack"] == 3, "nine, six and two vectors per layer"
+    assert relative_l2(actual, exact(denoiser, call)) < 1e-3
+    block = compiled.parts().transformer_blocks[1]
+    places = []
+    for steps in (100, 200):
+        later = {**call[1], "timestep": call[1]["timestep"] + steps}
+        again = prediction_of(compiled(*call[0], **later))
+        assert relative_l2(again, exact(denoiser, (call[0], later))) < 1e-3, "every step has its own"
+        assert relative_l2(again, actual) > 1e-2
+        places.append(block.norm1.linear.output.data_ptr())
+    assert places[0] == places[1], "graphs of single blocks read one place"
 
 
 @pytest.mark.parametrize(("family", "launches"), [("unet", 6), ("pixart", 2), ("sd3", 3), ("flux", 5)])

@@ -1,7 +1,8 @@
 """Computes the conditioning of the adaptive normalizations of all blocks at once.
 
 In a DiT, every block has its own embedder and projection, whose outputs depend only on timestep and class. Here a step
-begins with three kernel launches for all blocks together, in place of three launches per block.
+begins with three kernel launches for all blocks together, in place of three launches per block. In Stable Diffusion 3,
+all projections read one embedding of timestep and prompt. Here one launch computes those with equal sizes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from edadm_cli.quant.layers import QuantizedLayer
 from edadm_kernels import pack
 
 _NORM, _EMBEDDER = "AdaLayerNormZero", "CombinedTimestepLabelEmbeddings"
+_PROJECTED = ("AdaLayerNormZero", "SD35AdaLayerNormZeroX", "AdaLayerNormContinuous")
+_EMBEDDED = "SD3Transformer2DModel"
 _CHUNKS = 6
 """The number of outputs of a projection: shift, scale and gate of the attention and of the feed-forward layer."""
 
@@ -58,7 +61,28 @@ class LayerStack(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """Computes the embeddings and projections of all blocks' normalizations.
+    """Computes what the normalizations of all blocks read, at the beginning of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[tuple[torch.Size, ...], list[Tensor]] | None = None
+
+    def hold_outputs(self) -> None:
+        """Makes `held` return outputs of one shape at fixed addresses, where graphs of single blocks can read them."""
+        self._held = {}
+
+    def held(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns the outputs of `forward` as the blocks read them: copies at fixed addresses after `hold_outputs`."""
+        if self._held is None:
+            return outputs
+        places = self._held.setdefault(tuple(x.shape for x in outputs), [])
+        if not places:
+            places += [x.clone() for x in outputs]
+        return [place.copy_(x) for place, x in zip(places, outputs, strict=True)]
+
+
+class BlockEmbeddings(Conditioning):
+    """Computes the embeddings and projections of all blocks of a DiT.
 
     Args:
         norms: The normalizations of the S blocks.
@@ -71,7 +95,6 @@ class Conditioning(nn.Module):
         self.first = LayerStack([embedder.timestep_embedder.linear_1 for embedder in embedders])
         self.second = LayerStack([embedder.timestep_embedder.linear_2 for embedder in embedders])
         self.project = LayerStack([norm.linear for norm in norms])
-        self._held: dict[torch.Size, tuple[Tensor, Tensor]] | None = None
         tables = [embedder.class_embedder.embedding_table.weight for embedder in embedders]
         self.register_buffer("classes", torch.stack([table.detach() for table in tables]))
 
@@ -82,18 +105,36 @@ class Conditioning(nn.Module):
         embedded = embedded + classes[:, class_labels]
         return embedded, self.project(F.silu(embedded))
 
-    def hold_outputs(self) -> None:
-        """Makes `held` return outputs of one shape at fixed addresses, where graphs of single blocks can read them."""
-        self._held = {}
 
-    def held(self, embedded: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the outputs of `forward` as the blocks read them: copies at fixed addresses after `hold_outputs`."""
-        if self._held is None:
-            return embedded, projected
-        if embedded.shape not in self._held:
-            self._held[embedded.shape] = (embedded.clone(), projected.clone())
-        places = self._held[embedded.shape]
-        return places[0].copy_(embedded), places[1].copy_(projected)
+class Projections(Conditioning):
+    """Computes the projections of one embedding for all normalizations.
+
+    Args:
+        groups: The layers; those of a group have equal sizes.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[QuantizedLayer]]) -> None:
+        super().__init__()
+        self.stacks = nn.ModuleList([LayerStack(layers) for layers in groups])
+
+    def forward(self, embedding: Tensor) -> list[Tensor]:
+        """Returns the projections `[S, M, N]` of each group for an embedding `[M, C]`."""
+        activated = F.silu(embedding)
+        return [stack(activated) for stack in self.stacks]
+
+
+class Projected(nn.Module):
+    """Stands for a layer whose output is computed before the first block.
+
+    Attributes:
+        output: The output `[M, N]`, which is set at the beginning of a step.
+    """
+
+    output: Tensor
+
+    def forward(self, unused: Tensor) -> Tensor:
+        """Returns the output."""
+        return self.output
 
 
 class ConditionedNorm(nn.Module):
@@ -131,9 +172,41 @@ class ConditionedNorm(nn.Module):
 def condition_at_once(model: nn.Module) -> None:
     """Makes a deployed model compute the conditioning of all blocks at the beginning of each step, in place.
 
-    The module that computes it becomes the model's `conditioning`. A model whose blocks share one embedder is not
-    changed. A block whose embedder or projection is not computed in integers keeps its own.
+    The module that computes it becomes the model's `conditioning`. Only DiT and Stable Diffusion 3 are changed. A block
+    whose embedder or projection is not computed in integers keeps its own.
     """
+    if type(model).__name__ == _EMBEDDED:
+        _project_at_once(model)
+    else:
+        _embed_at_once(model)
+
+
+def _project_at_once(model: Any) -> None:
+    """Computes the projections of a Stable Diffusion 3 when its embedding is known."""
+    norms: list[Any] = [module for module in model.modules() if type(module).__name__ in _PROJECTED]
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for norm in norms:
+        if getattr(norm, "emb", None) is None and _is_served(norm.linear):
+            groups.setdefault(_size(norm.linear), []).append(norm)
+    stacked = [group for group in groups.values() if len(group) > 1]
+    if not stacked:
+        return
+    conditioning = Projections([[norm.linear for norm in group] for group in stacked])
+    for norm in (norm for group in stacked for norm in group):
+        norm.linear = Projected()
+
+    def begin(_: nn.Module, args: tuple[Any, ...], embedding: Tensor) -> None:
+        outputs = conditioning.held(conditioning(embedding))
+        for group, projections in zip(stacked, outputs, strict=True):
+            for norm, output in zip(group, projections, strict=True):
+                norm.linear.output = output
+
+    model.conditioning = conditioning
+    model.time_text_embed.register_forward_hook(begin)
+
+
+def _embed_at_once(model: nn.Module) -> None:
+    """Computes embeddings and projections of a DiT's blocks when its timesteps and classes are known."""
     places = [
         (parent, name, child)
         for parent in model.modules()
@@ -146,7 +219,7 @@ def condition_at_once(model: nn.Module) -> None:
     if len(places) < 2:
         return
     norms: list[Any] = [child for *_, child in places]
-    conditioning = Conditioning(norms)
+    conditioning = BlockEmbeddings(norms)
     conditioned = [ConditionedNorm(norm.norm) for norm in norms]
     for (parent, name, _), norm in zip(places, conditioned, strict=True):
         setattr(parent, name, norm)
@@ -154,7 +227,7 @@ def condition_at_once(model: nn.Module) -> None:
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = signature.bind(*args, **kwargs).arguments
-        embedded, projected = conditioning.held(*conditioning(values["timestep"], values["class_labels"]))
+        embedded, projected = conditioning.held(conditioning(values["timestep"], values["class_labels"]))
         for place, norm in enumerate(conditioned):
             norm.embedded, norm.projected = embedded[place], projected[place]
 
@@ -177,6 +250,9 @@ def _is_served(layer: nn.Module) -> bool:
 
 
 def _sizes(norm: Any) -> list[tuple[Any, ...]]:
-    """Returns the properties that layers must have in common to be stacked."""
-    layers: list[Any] = _layers(norm)
-    return [(layer.weight_shape, layer.plan.activation_bits, layer.bias is None) for layer in layers]
+    """Returns the properties that layers of several norms must have in common to be stacked."""
+    return [_size(layer) for layer in _layers(norm)]
+
+
+def _size(layer: Any) -> tuple[Any, ...]:
+    return layer.weight_shape, layer.plan.activation_bits, layer.bias is None
