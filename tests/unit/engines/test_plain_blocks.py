@@ -114,7 +114,7 @@ def test_projections_of_one_embedding_are_computed_in_one_launch_per_size() -> N
         actual = prediction_of(compiled(*call[0], **call[1]))
     assert counts["linear_stack"] == 3, "nine, six and two vectors per layer"
     assert relative_l2(actual, exact(denoiser, call)) < 1e-3
-    block = compiled.parts().transformer_blocks[1]
+    block: Any = compiled.parts().get_submodule("transformer_blocks.1")
     places = []
     for steps in (100, 200):
         later = {**call[1], "timestep": call[1]["timestep"] + steps}
