@@ -2,6 +2,6 @@
 
 `plain` builds one from any exported denoiser. `layer_product` is the layer that multiplies codes; loaded exports run
 it, too. The other modules save work where a structure is known: `shared_input` quantizes an input once for several
-layers, `feed_forward`, `flux` and `joint_attention` join operations of blocks, `conditioning` computes the adaptive
-normalizations of all blocks at once, and `held_prompts` computes the keys and values of a prompt once per image.
+layers, `flux` and `joint_attention` join operations of blocks, `conditioning` computes what the adaptive normalizations
+of all blocks read at once, and `held_prompts` computes the keys and values of a prompt once per image.
 """

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import edadm_kernels as kernels
-from edadm_cli.engines.cuda.compiled.feed_forward import is_served
 from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct, as_rows
+from edadm_cli.quant.layers import QuantizedLayer
 
 _BLOCK = "FluxSingleTransformerBlock"
 
@@ -98,7 +98,18 @@ def _fits(block: Any) -> bool:
         and member.shared.is_active
         and isinstance(block.act_mlp, nn.GELU)
         and block.act_mlp.approximate == "tanh"
-        and is_served(block.proj_mlp)
-        and is_served(block.proj_out)
+        and _is_served(block.proj_mlp)
+        and _is_served(block.proj_out)
         and block.proj_out.transform is None
+    )
+
+
+def _is_served(layer: nn.Module) -> bool:
+    """Returns whether a layer is an integer linear one on a device whose kernels apply activation and quantizer."""
+    return (
+        isinstance(layer, QuantizedLayer)
+        and layer.operation.kind == "linear"
+        and layer.product is not None
+        and layer.product.runs(layer)
+        and kernels.fuses_gelu(layer.weight_codes)
     )

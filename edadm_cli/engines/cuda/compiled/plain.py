@@ -18,7 +18,6 @@ from torch import nn
 from edadm_cli.engines.adapters import AdaptedLayer, SideBranch
 from edadm_cli.engines.base import AttentionForm, LayerExecution
 from edadm_cli.engines.cuda.compiled.conditioning import condition_at_once
-from edadm_cli.engines.cuda.compiled.feed_forward import fuse_feed_forwards
 from edadm_cli.engines.cuda.compiled.flux import fuse_single_blocks
 from edadm_cli.engines.cuda.compiled.joint_attention import join_streams
 from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
@@ -61,7 +60,6 @@ def build_plain(
     deploy(model, product)
     for name, branch in adapters.items():  # this comes before layers are fused, since adapted layers are not fused
         set_module(model, name, AdaptedLayer(model.get_submodule(name), branch.to(device, dtype)))
-    fuse_feed_forwards(model, product)
     fuse_single_blocks(model, product)
     join_streams(model)
     condition_at_once(model)
