@@ -6,9 +6,9 @@
 
 Section `rows` divides the rows of LayerNorm and of adaptive LayerNorm among programs of one to eight warps; a line has
 microseconds of each division, with inputs that do not lie in the cache and with inputs that do, and marks the present
-one with a star. Section `residuals` times a product, the addition of a residual in torch, both in the kernel for large
-matrices, and both in the other kernel, which UNets use. Every line is JSON. `--compile-only` fills the cache of
-compiled kernels and times nothing, so that processes for several numbers of channels can do so at the same time.
+one with a star. Section `residuals` times products of UNets by the kernel for large matrices and by the other one,
+alone and with a residual, and the addition of a residual in torch. Every line is JSON. `--compile-only` fills the cache
+of compiled kernels and times nothing, so that processes for several numbers of channels can do so at the same time.
 `--smoke` runs tiny shapes on a CPU; its times mean nothing.
 """
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 import edadm_kernels as kernels
 from edadm_kernels import norm_launch
+from edadm_kernels.hopper import matrices
 from edadm_kernels.norm_plans import LayerPlan, layer_plan
 
 # samples, tokens per sample, channels; whether a scale and a shift per sample follow
@@ -45,6 +46,7 @@ PRODUCTS = (
     *((65536, 320, 320), (65536, 320, 1280), (16384, 640, 640), (16384, 640, 2560), (4096, 1280, 1280)),
     *((4096, 1280, 5120), (8192, 320, 320), (8192, 320, 1280), (8192, 640, 640), (8192, 640, 2560)),
     *((2048, 640, 640), (2048, 640, 2560), (2048, 1280, 1280), (2048, 1280, 5120)),
+    *((65536, 960, 320), (16384, 1920, 640), (4096, 3840, 1280), (8192, 960, 320), (8192, 1920, 640)),
 )
 ELEMENTS_PER_THREAD = (16, 52)
 
@@ -110,13 +112,18 @@ def time_residuals(clock: Clock, device: torch.device, shapes: tuple[tuple[int, 
         residuals = [torch.randn(m, n, device=device).to(dtype) for _ in range(sets)]
         products = [kernels.linear(a, b, *ends, out_dtype=dtype) for a, b in zip(x, w, strict=True)]
         operands = list(zip(x, w, residuals, strict=True))
+        alone = [partial(kernels.linear, a, b, *ends, out_dtype=dtype) for a, b, _ in operands]
+        times = {}
+        for name, choose in (("large", matrices.choose), ("other", lambda *_: None)):
+            with patch.object(matrices, "choose_over_single", choose):
+                times[name] = clock.launch_us(alone)
         lists: dict[str, list[Callable[[], Tensor]]] = {
-            "product": [partial(kernels.linear, a, b, *ends, out_dtype=dtype) for a, b, _ in operands],
+            "large, residual": [partial(kernels.linear_added, a, b, *ends, r) for a, b, r in operands],
+            "other, residual": [partial(kernels.linear, a, b, *ends, r, dtype) for a, b, r in operands],
             "addition": [partial(torch.add, y, r) for y, r in zip(products, residuals, strict=True)],
-            "both, large": [partial(kernels.linear_added, a, b, *ends, r) for a, b, r in operands],
-            "both, other": [partial(kernels.linear, a, b, *ends, r, dtype) for a, b, r in operands],
         }
-        times = {name: round(clock.launch_us(calls), 2) for name, calls in lists.items()}
+        times |= {name: clock.launch_us(calls) for name, calls in lists.items()}
+        times = {name: round(value, 2) for name, value in times.items()}
         print(json.dumps({"product": [m, n, k], "us": times}), flush=True)
 
 
