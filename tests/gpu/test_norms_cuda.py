@@ -13,10 +13,12 @@ from edadm_kernels import (
     group_norm_to_codes,
     layer_norm_quantize,
     modulated_norm_quantize,
+    norm_launch,
     quantize,
     quantize_joined,
     silu_quantize,
 )
+from edadm_kernels.norm_plans import LayerPlan, layer_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -139,6 +141,22 @@ def test_adaptive_norm(shape: tuple[int, int, int]) -> None:
     with backend("reference"):
         target = modulated_norm_quantize(*arguments)
     assert_close([modulated_norm_quantize(*arguments)], [target])
+
+
+@pytest.mark.parametrize(
+    ("channels", "rows", "warps"), [(320, 4, 1), (320, 8, 2), (640, 2, 1), (1280, 1, 1), (1536, 1, 1), (1536, 2, 2)]
+)
+def test_rows_that_are_divided_otherwise(channels: int, rows: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = layer_plan(channels)
+    plan = LayerPlan(channels, usual.head, usual.tail, rows, warps)
+    x = normal(2, 520, channels).add_(2).half()
+    ends = (1e-5, *quantizers(1))
+    of_rows = (x, normal(channels), normal(channels), *ends)
+    of_samples = (x, normal(2, channels).half(), normal(2, channels).half(), 1e-5, 1 / ends[1], ends[2] - 128.0)
+    with backend("reference"):
+        target = [*layer_norm_quantize(*of_rows), modulated_norm_quantize(*of_samples)]
+    monkeypatch.setattr(norm_launch, "layer_plan", lambda *_: plan)
+    assert_close([*layer_norm_quantize(*of_rows), modulated_norm_quantize(*of_samples)], target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
