@@ -37,12 +37,17 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     content = read_toml(path, "The configuration")
+    fields = {name for stage in STAGES.values() for name in stage.config.model_fields}
     for key, value in content.items():
         if key in STAGES and isinstance(value, dict):
             for name in value:
                 _check_known(path, name, set(STAGES[key].config.model_fields), within=key)
+        elif isinstance(value, dict) and key not in fields:
+            raise UsageError(
+                f"The configuration {path} has a table [{key}], which is no stage.",
+                hint=did_you_mean(key, STAGES) or f"the stages are {', '.join(STAGES)}",
+            )
         else:
-            fields = {name for stage in STAGES.values() for name in stage.config.model_fields}
             _check_known(path, key, fields, fields | STAGES.keys())
     return content
 

@@ -62,7 +62,7 @@ def _sd3(**fields: Any) -> nn.Module:
 def _flux(**fields: Any) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
-    small = {"num_layers": 1, "num_single_layers": 3, "in_channels": 16, "axes_dims_rope": (4, 6, 6)}
+    small = {"num_layers": 1, "num_single_layers": 1, "in_channels": 16, "axes_dims_rope": (4, 6, 6)}
     text = {"joint_attention_dim": 24, "pooled_projection_dim": 16}
     heads = {"num_attention_heads": 2, "attention_head_dim": 16}
     return FluxTransformer2DModel(**{**heads, **small, **text, **fields})

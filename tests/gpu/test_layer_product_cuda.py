@@ -152,7 +152,8 @@ def test_the_engine_records_a_step_of_every_family(family: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize(
-    ("family", "fields"), [("flux", {}), *((f, {"num_layers": 3}) for f in ("sd3", "dit", "pixart"))]
+    ("family", "fields"),
+    [("flux", {"num_single_layers": 3}), *((f, {"num_layers": 3}) for f in ("sd3", "dit", "pixart"))],
 )
 @torch.no_grad()
 def test_the_first_block_cache_replays_graphs_of_single_blocks(family: str, fields: dict[str, int]) -> None:

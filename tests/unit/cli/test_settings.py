@@ -74,6 +74,8 @@ def test_run_takes_the_same_file(stages: FakeStages, config: list[str]) -> None:
         ("[collect]\nnum_steps = 'many'", "--num-steps"),
         ("[collect]\nnum_steps = 0", "--num-steps"),
         ("[collect]\nguidance_scale = inf", "--guidance-scale"),
+        ("[run]\nseed = 1", "the stages are collect, select"),
+        ("[colect]\nseed = 1", "did you mean 'collect'?"),
         ("[collect", "TOML"),
         ("\xff", "TOML"),
     ],
