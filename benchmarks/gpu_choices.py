@@ -53,7 +53,7 @@ ELEMENTS_PER_THREAD = (16, 52)
 
 def divisions(channels: int) -> Iterator[LayerPlan]:
     """Yields the present division of rows into programs, and others with as many elements per thread as fit."""
-    present = layer_plan(channels)
+    present = layer_plan(channels, 90)
     yield present
     for warps in (1, 2, 4, 8):
         for rows in (1, 2, 4, 8, 16):

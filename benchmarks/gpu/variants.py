@@ -20,12 +20,11 @@ from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.integrations.caching import enable_cache
 from edadm_cli.integrations.lora import add_adapter
 from edadm_cli.quant.layers import QuantizedLayer
-from edadm_kernels import added, gemm, norm_launch
+from edadm_kernels import norm_launch
 from edadm_kernels.hopper import group_norm, matrices
-from edadm_kernels.norm_plans import LayerPlan, layer_plan
+from edadm_kernels.norm_plans import layer_plan
 
 LIMITS = ((64, 4), (128, 8), (256, 16))  # of chunks of a GroupNorm before its blocks went through several
-_WARP_CHANNELS = 1536  # of all rows that one warp normalizes
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Function = Callable[..., Any]
 CACHE = "first-block:0.08"
@@ -52,38 +51,26 @@ def one_chunk_per_block() -> Iterator[None]:
 
 
 @contextmanager
-def one_warp_per_program() -> Iterator[None]:
-    """Makes a program of LayerNorm one warp with up to 1,536 channels, inside a `with` block."""
-
-    def plan(channels: int) -> LayerPlan:
-        usual = layer_plan(channels)
-        rows = 1 << (max(1, _WARP_CHANNELS // channels).bit_length() - 1)
-        return LayerPlan(channels, usual.head, usual.tail, rows, num_warps=1 if channels <= _WARP_CHANNELS else 2)
-
-    with patch.object(norm_launch, "layer_plan", plan):
+def several_warps_per_program() -> Iterator[None]:
+    """Makes a program of LayerNorm four warps wherever it is one by measurement, inside a `with` block."""
+    with patch.object(norm_launch, "layer_plan", lambda channels, *_: layer_plan(channels)):
         yield
 
 
 @contextmanager
-def residuals_in_large_products() -> Iterator[None]:
-    """Makes the kernel for large matrices add the residuals of linear layers wherever it can, inside a `with` block."""
-    usual = gemm.fill_linear
+def residuals_in_other_products() -> Iterator[None]:
+    """Keeps the kernel for large matrices from adding the residuals of linear layers, inside a `with` block."""
+    usual = matrices.choose_over_single
 
-    def fill(x: Any, weight: Any, scale: Any, correction: Any, bias: Any, residual: Any, out: Any) -> None:
-        operands = (x, weight, scale, correction, bias)
-        if residual is None or x.shape[0] < 2048 or not added._takes(*operands, residual, None, None):
-            usual(*operands, residual, out)
-            return
-        tile = matrices.choose(x.shape[0], (weight.shape[0],), weight.shape[1], adds=True)
-        addition = matrices.Addition(residual)
-        matrices.launch_matrices(tile, x, [weight], [scale], [correction], [bias], [out], addition=addition)
+    def choose(*args: Any, adds: bool = False, **kwargs: Any) -> matrices.MatrixTile | None:
+        return None if adds else usual(*args, **kwargs)
 
-    with patch.object(gemm, "fill_linear", fill):
+    with patch.object(matrices, "choose_over_single", choose):
         yield
 
 
 def staged(name: str, run: Callable[[], Function], call: Call, is_fused: bool) -> dict[str, Function]:
-    """Returns contenders by name: the CUDA engine without some of its fusions, and with other kernels.
+    """Returns contenders by name: the CUDA engine without some of its fusions, or with other kernels.
 
     Args:
         name: The name of the engine among the contenders.
@@ -102,10 +89,10 @@ def staged(name: str, run: Callable[[], Function], call: Call, is_fused: bool) -
             yield
 
     changes: list[tuple[Callable[[], AbstractContextManager[None]], str]]
-    changes = [(one_warp_per_program, "one warp per program of LayerNorm")]
+    changes = [(several_warps_per_program, "four warps per program of LayerNorm")]
     if is_fused:
         changes += [
-            (residuals_in_large_products, "residuals in the kernel for large matrices"),
+            (residuals_in_other_products, "residuals in the other kernel of products"),
             (codes_by_themselves, "codes of shortcuts and projections by themselves"),
             (one_chunk_per_block, "one chunk per block of GroupNorm"),
         ]

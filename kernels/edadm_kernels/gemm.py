@@ -111,10 +111,13 @@ def _fill_on_hopper(
     if residual is None and few_rows.takes(x, weight, scale, correction, bias):
         few_rows.launch_few_rows(x, weight, scale, correction, bias, out)
         return True
-    if residual is None and matrices.takes(x, [weight], (scale, correction), [bias], out.dtype):
-        large = matrices.choose_over_single(x.shape[0], (weight.shape[0],), x.shape[1])
+    vectors = (scale, correction, residual)
+    if (residual is None or residual.dtype == out.dtype) and matrices.takes(x, [weight], vectors, [bias], out.dtype):
+        adds = residual is not None
+        large = matrices.choose_over_single(x.shape[0], (weight.shape[0],), x.shape[1], adds=adds)
         if large is not None:
-            matrices.launch_matrices(large, x, [weight], [scale], [correction], [bias], [out])
+            addition = None if residual is None else matrices.Addition(residual)
+            matrices.launch_matrices(large, x, [weight], [scale], [correction], [bias], [out], addition=addition)
             return True
     if not product.takes(x, weight, scale, correction, bias, out, residual=residual):
         return False

@@ -92,7 +92,7 @@ def launch_layer(
 ) -> None:
     """Fills `codes`; the other arguments are those of `layer_norm_quantize`, checked."""
     channels = x.shape[-1]
-    plan = layer_plan(channels)
+    plan = layer_plan(channels, arch_of(x))
     rows = x.numel() // channels
     layer_rows[(triton.cdiv(rows, plan.block_rows),)](
         x, weight, bias, scales, zero_points, *_three(codes), rows, channels, eps,
@@ -113,7 +113,7 @@ def launch_modulated(
 ) -> None:
     """Fills `codes`; the other arguments are those of `modulated_norm_quantize`, checked."""
     samples, tokens, channels = x.shape
-    plan = layer_plan(channels)
+    plan = layer_plan(channels, arch_of(x))
     block_rows = plan.block_rows
     while tokens % block_rows:
         block_rows //= 2
@@ -194,7 +194,7 @@ def _group_variants(arch: int, plan: GroupPlan, silu: bool) -> list[KernelVarian
 
 
 def _layer_variant(arch: int, channels: int, quantizers: int) -> KernelVariant:
-    plan = layer_plan(channels)
+    plan = layer_plan(channels, arch)
     constexprs = {"QUANT_MAX": 255, "QUANTIZERS": quantizers, **plan.constexprs()}
     return aligned(
         arch,
@@ -209,7 +209,7 @@ def _layer_variant(arch: int, channels: int, quantizers: int) -> KernelVariant:
 
 
 def _modulated_variant(arch: int, channels: int) -> KernelVariant:
-    plan = layer_plan(channels)
+    plan = layer_plan(channels, arch)
     vectors = {"scale": "*fp16", "shift": "*fp16", "inverse_scale": "*fp32", "code_shift": "*fp32", "out": "*i8"}
     sizes = {**_SIZES, **dict.fromkeys(("rows_per_sample", "scale_step", "shift_step"), "i32")}
     return aligned(

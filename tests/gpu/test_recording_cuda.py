@@ -92,7 +92,9 @@ def test_only_launches_without_waiting_are_worth_a_graph() -> None:
     calls: dict[Callable[[], None], bool] = {launches: True, reads: False, computes: False}
     for call, is_worth_it in calls.items():
         call()
-        assert waits_for_launches(call, DEVICE)[1] == is_worth_it, call.__name__
+        # beside other processes on the GPU, launches may take less than the whole of a call
+        answers = [waits_for_launches(call, DEVICE)[1] for _ in range(10)]
+        assert any(answers) == is_worth_it, call.__name__
 
 
 @torch.no_grad()

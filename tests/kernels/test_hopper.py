@@ -11,7 +11,15 @@ from torch import Tensor
 
 from edadm_kernels import attend_int8_takes, attention_pays, hopper
 from edadm_kernels.backend import backend, uses_hopper
-from edadm_kernels.hopper import attention, attention_int8, attention_variant, compilation, group_norm, product
+from edadm_kernels.hopper import (
+    attention,
+    attention_int8,
+    attention_variant,
+    compilation,
+    group_norm,
+    matrices,
+    product,
+)
 from edadm_kernels.hopper.product import SPLITS, TILES, Shape
 
 INTERPRETED = False
@@ -50,6 +58,22 @@ def test_a_tile_for_every_product(kind: str, rows: int, outputs: int, products: 
     assert tile.split in SPLITS
     assert tile.bm % tile.split == 0
     assert tile.cluster == tile.split
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "products", "is_large"),
+    [
+        *((65536, 320, 320, True), (65536, 320, 1280, True), (16384, 640, 2560, True), (4096, 1280, 5120, True)),
+        *((8192, 640, 640, True), (8192, 640, 2560, True), (8192, 320, 320, False), (8192, 320, 1280, False)),
+        *((2048, 640, 640, False), (2048, 1280, 5120, False), (65536, 960, 320, False), (8192, 960, 320, False)),
+    ],
+)
+def test_the_kernel_that_adds_a_residual_is_the_one_that_was_measured_faster(
+    rows: int, outputs: int, products: int, is_large: bool
+) -> None:
+    chosen = matrices.choose_over_single(rows, (outputs,), products, adds=True)
+    assert (chosen is not None) == is_large
+    assert chosen is None or chosen.residual
 
 
 def test_tiles_fit_a_multiprocessor() -> None:

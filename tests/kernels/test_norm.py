@@ -222,8 +222,8 @@ def test_layer_norm_of_real_widths(channels: int, dtype: torch.dtype) -> None:
     x = state((2, 11, channels), "normal", dtype, seed=2)
     arguments = (x, *affine(channels, seed=2), 1e-5, *quantizers(3))
     assert_close(layer_norm_quantize(*arguments), reference.layer_norm_quantize(*arguments), mismatches=0.005)
-    plan = layer_plan(channels)
-    assert plan.head + plan.tail == channels
+    for plan in (layer_plan(channels), layer_plan(channels, 90)):
+        assert plan.head + plan.tail == channels
 
 
 @pytest.mark.parametrize(("tokens", "channels"), [(5, 72), (4, 1152), (3, 40), (1, 73), (2, 1)])

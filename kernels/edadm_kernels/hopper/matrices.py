@@ -198,9 +198,20 @@ def choose(rows: int, outputs: tuple[int, ...], products: int, adds: bool = Fals
 
 
 @lru_cache(maxsize=4096)
-def choose_over_single(rows: int, outputs: tuple[int, ...], products: int, geglu: bool = False) -> MatrixTile | None:
-    """Returns the tile; `None` if one launch of `product.cu` per product is expected to be as fast."""
-    tile, shape = GATED if geglu else choose(rows, outputs, products), Shape.matrix(rows, products)
+def choose_over_single(
+    rows: int, outputs: tuple[int, ...], products: int, geglu: bool = False, adds: bool = False
+) -> MatrixTile | None:
+    """Returns the tile; `None` if one launch of `product.cu` per product is expected to be as fast.
+
+    Args:
+        rows: As in `choose`, and so `outputs`, `products` and `adds`.
+        geglu: Whether the product is gated.
+    """
+    if (
+        adds and max(outputs) > products
+    ):  # the residual then takes longer than the product: 119 µs, and 108 by the other
+        return None
+    tile, shape = GATED if geglu else choose(rows, outputs, products, adds), Shape.matrix(rows, products)
     kind: Kind = "geglu" if geglu else "linear"
     others = sum(product.cost(kind, product.choose(kind, shape, n), shape, n) for n in outputs)
     return tile if cost(tile, rows, outputs, products) < _OTHERS * others else None
