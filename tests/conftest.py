@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -18,6 +19,8 @@ from tests.integration.fresh_interpreter import SILENCING, FreshInterpreter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("COLUMNS", None)  # tables have the width that they have in a log, wherever the tests run
+# Python looks for cycles of objects each 700 new ones, and the libraries make millions: a sixth of the tests' time.
+gc.set_threshold(20_000, 10, 10)
 # The same examples in every run, however slow the machine is: what passes once passes again.
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]

@@ -178,6 +178,9 @@ def _state(file: BufferedReader) -> tuple[int, int, int, int]:
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Returns `work` of each item, in order, computed in a few threads: hashing large files takes one core each."""
+    items = list(items)
+    if len(items) < 2:  # to start threads would take longer than to hash a small file
+        return [work(item) for item in items]
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(work, items))
 
