@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -35,17 +34,17 @@ class Nncf(Contender):
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
         from openvino._offline_transformations import apply_moc_transformations
 
-        from edadm_cli.engines.graph.description import DESCRIPTION_FILE
         from edadm_cli.engines.openvino import files
 
         nncf.set_log_level("ERROR")
         source, folder = context.folder("openvino"), context.folder(self.name)
         graph, description = files.read(source)
-        graph.reshape(dict(zip(description.interface.inputs, map(list, description.shapes), strict=True)))
+        tensors = description.interface.tensors(*context.calls[0])
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        graph.reshape(shapes)
         # the passes of `openvino.convert_model`, which halve the number of operations that NNCF searches for patterns
         apply_moc_transformations(graph, cf=False)
         # speed depends neither on the ranges nor on the biases, so one call suffices and biases are not corrected
-        tensors = description.interface.tensors(*context.calls[0])
         dataset = nncf.Dataset([{name: tensor.numpy() for name, tensor in tensors.items()}])
         quantized = nncf.quantize(
             graph,
@@ -56,7 +55,7 @@ class Nncf(Contender):
         )
         folder.mkdir(parents=True)
         ov.save_model(quantized, folder / files.GRAPH_FILE, compress_to_fp16=False)
-        shutil.copyfile(source / DESCRIPTION_FILE, folder / DESCRIPTION_FILE)
+        description.model_copy(update={"shapes": tuple(map(tuple, shapes.values()))}).save(folder)
         return [
             Spec(
                 name=f"{self.name} w8a8",

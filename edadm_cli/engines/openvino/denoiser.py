@@ -19,6 +19,7 @@ from edadm_cli.engines.graph.tracing import sharing_copy
 from edadm_cli.engines.openvino import condition, constant_inputs, forms, group_norm, saturation, sinusoids
 from edadm_cli.engines.openvino.convert import convert
 from edadm_cli.engines.openvino.execution import RuntimeNode, executed_layers, operation_times, runtime_nodes
+from edadm_cli.engines.openvino.hidden_tokens import without_hidden_tokens
 from edadm_cli.engines.openvino.int4 import widen
 from edadm_cli.errors import EdadmError, InputError
 from edadm_cli.models.denoiser_calls.call_templates import SAMPLE, TIMESTEP
@@ -65,7 +66,8 @@ class OpenVinoDenoiser(CompiledDenoiser):
         planned: The layers as planned.
         options: The options of the engine.
         shapes: The shapes of the inputs for which the graph is compiled immediately.
-        is_rewritten: Whether what runs faster in another form is rewritten; if not, OpenVINO gets the graph as it is.
+        is_rewritten: Whether what runs faster in another form is rewritten, and hidden tokens are left out; if not,
+            OpenVINO gets the graph and all inputs as they are.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
         refusal: InputError | None = None
         for graph in reversed(self._graphs):
             try:
-                tensors = list(graph.interface.tensors(args, kwargs).values())
+                tensors = self._inputs(graph, args, kwargs)
                 compiled = self._request(graph, _shapes(tensors))
             except InputError as error:
                 refusal = refusal or error
@@ -134,7 +136,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
         try:
             graph = _Graph(*convert(source, args, kwargs))
             widen(graph.model)
-            tensors = list(graph.interface.tensors(args, kwargs).values())
+            tensors = self._inputs(graph, args, kwargs)
             compiled = self._request(graph, _shapes(tensors))
         except EdadmError as error:
             if error.message == refusal.message:  # the call itself is at fault
@@ -144,6 +146,13 @@ class OpenVinoDenoiser(CompiledDenoiser):
             ) from error
         self._graphs = [*self._graphs[1 - _GRAPHS_KEPT :], graph]
         return graph, compiled, tensors
+
+    def _inputs(self, graph: _Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Returns the inputs of a graph for a call."""
+        tensors = graph.interface.tensors(args, kwargs)
+        if self._is_rewritten:
+            tensors = without_hidden_tokens(graph.interface, tensors)
+        return list(tensors.values())
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:
@@ -289,8 +298,8 @@ def _steady_places(inputs: Iterable[str]) -> list[int]:
 
 
 def shapes_of(interface: GraphInterface, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
-    """Returns the shapes of a call's inputs."""
-    return _shapes(interface.tensors(args, kwargs).values())
+    """Returns the shapes of the inputs for a call, without hidden tokens."""
+    return _shapes(without_hidden_tokens(interface, interface.tensors(args, kwargs)).values())
 
 
 def _shapes(tensors: Iterable[Tensor]) -> Shapes:

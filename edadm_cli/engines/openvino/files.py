@@ -20,7 +20,7 @@ class Description(GraphDescription):
 
     Attributes:
         openvino: The version of OpenVINO that wrote the graph.
-        shapes: The shapes of the inputs of the example call.
+        shapes: The shapes of the inputs for the example call, for which the graph is compiled when it is loaded.
     """
 
     format_version: int = FORMAT_VERSION

@@ -2,7 +2,7 @@
 
 from edadm_cli.models.families.blocks import block_kinds, middle_module, outermost_blocks
 from edadm_cli.models.families.family import Call, DenoiserFamily, UnitKind
-from edadm_cli.models.families.registry import families, family_of, prepare_calls, register
+from edadm_cli.models.families.registry import families, family_named, family_of, prepare_calls, register
 from edadm_cli.models.families.values import ExampleValues
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "UnitKind",
     "block_kinds",
     "families",
+    "family_named",
     "family_of",
     "middle_module",
     "outermost_blocks",

@@ -44,6 +44,7 @@ PIXART = DenoiserFamily(
     name="pixart",
     denoisers=("PixArtTransformer2DModel",),
     blocks={"BasicTransformerBlock": "transformer"},
+    hiding_masks={"encoder_attention_mask": "encoder_hidden_states"},
     calls_per_step=1,
     example_call=_pixart,
 )

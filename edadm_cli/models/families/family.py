@@ -44,6 +44,8 @@ class DenoiserFamily:
         masks: The names of mask arguments, each with the argument whose second dimension it masks. If a pipeline omits
             such a mask, nothing is masked. A mask of ones is then recorded, so that all calls have one form and prompts
             of different lengths can be padded.
+        hiding_masks: The names of mask arguments `(R, tokens)` of zeros and ones, each with the argument whose tokens
+            it hides where it is 0. A hidden token has no influence at all on the prediction.
         conditional_first: The pipelines that put the conditional rows of a guided call before the unconditional ones.
         calls_per_step: The number of denoiser calls per step of a guided pipeline: 1 if both branches are rows of one
             call, 2 if each branch is a call, `None` if pipelines of the family differ.
@@ -75,6 +77,7 @@ class DenoiserFamily:
     joined_arguments: tuple[str, ...] = ()
     rows_second: tuple[str, ...] = ()
     masks: Mapping[str, str] = field(default_factory=dict)
+    hiding_masks: Mapping[str, str] = field(default_factory=dict)
     conditional_first: tuple[str, ...] = ()
     calls_per_step: Literal[1, 2] | None = None
     example_call: Callable[[nn.Module, ExampleValues], Call] | None = None

@@ -40,10 +40,15 @@ def family_of(denoiser: nn.Module) -> DenoiserFamily:
     The family of a denoiser on an engine is that of the denoiser that it stands for.
     """
     for cls in type(getattr(denoiser, "stands_for", denoiser)).__mro__:
-        for family in families():
-            if cls.__name__ in family.denoisers:
-                return family
+        family = family_named(cls.__name__)
+        if family is not UNDESCRIBED:
+            return family
     return UNDESCRIBED
+
+
+def family_named(denoiser: str) -> DenoiserFamily:
+    """Returns the family that names a class of denoisers; `UNDESCRIBED` if none does."""
+    return next((family for family in families() if denoiser in family.denoisers), UNDESCRIBED)
 
 
 def prepare_calls(denoiser: nn.Module) -> None:

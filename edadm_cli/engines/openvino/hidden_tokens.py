@@ -1,0 +1,46 @@
+"""Leaves out the tokens of a prompt that its mask hides, so that attention does not compute with them.
+
+Pipelines pad a prompt to the longest one that the model takes, such as 300 tokens, of which 20 may be text. Attention
+adds a large negative number to the scores of the padding, whose probabilities are then exactly 0, so that the
+prediction is the same without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from edadm_cli.engines.graph.interface import GraphInterface
+from edadm_cli.models.families import family_named
+
+TOKENS_PER_STEP = 64
+"""The number of tokens that remain is a multiple of this one, because each number needs a graph of its own."""
+
+
+def without_hidden_tokens(interface: GraphInterface, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the inputs of a graph without hidden tokens at the end of a prompt.
+
+    Args:
+        interface: The interface of the graph. If the graph fits only some calls, nothing is left out.
+        tensors: The inputs of a call, by name.
+    """
+    inputs = dict(tensors)
+    if interface.is_specific:
+        return inputs
+    for mask, states in family_named(interface.denoiser).hiding_masks.items():
+        if mask in inputs and states in inputs:
+            tokens = _tokens(inputs[mask], inputs[states])
+            inputs |= {name: inputs[name][:, :tokens] for name in (mask, states)}
+    return inputs
+
+
+def _tokens(mask: Tensor, states: Tensor) -> int:
+    """Returns how many tokens remain of states `[rows, tokens, channels]`."""
+    total = states.shape[1]
+    shown = mask == 1
+    is_plain = mask.shape == states.shape[:2] and bool((shown | (mask == 0)).all())
+    if not is_plain or not bool(shown.any(dim=1).all()):  # attention to hidden tokens alone weighs all alike
+        return total
+    last = int(shown.any(dim=0).nonzero().max())
+    return min(total, (last // TOKENS_PER_STEP + 1) * TOKENS_PER_STEP)
