@@ -238,7 +238,7 @@ def test_the_same_bench_measures_again_and_another_needs_force(run: RunFolder) -
     assert bench.run(config(engine="reference", size=(16, 16)), run, force=True).identity != first.identity
 
 
-@pytest.mark.usefixtures("in_one_process")
+@pytest.mark.usefixtures("in_one_process", "torch_alone")
 def test_algorithms_are_tried_for_what_is_timed_and_nothing_else(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -44,22 +45,23 @@ def test_an_engine_with_an_impossible_name_is_refused_like_any_unknown_one(text_
         stage.run(_config(engine=engine), text_run)
 
 
-@pytest.mark.parametrize(
-    "crafted",
-    [
-        {"images": torch.zeros(5, 1, 256, dtype=torch.uint8), "latents": torch.zeros(5, 4, 4)},
-        {"images": torch.zeros(5, 1, 16, 16, dtype=torch.uint8), "latent": torch.zeros(5, 4, 4)},
-        {"images": torch.zeros(5, 1, 16, 16), "latents": torch.zeros(5, 4, 4)},
-        {"images": torch.zeros(5, 1, 8, 32, dtype=torch.uint8), "latents": torch.zeros(5, 4)},
-    ],
-    ids=["no-images", "no-latents", "no-levels", "other-shapes"],
-)
-def test_full_precision_images_of_another_form_are_refused(text_run: RunFolder, crafted: dict[str, Any]) -> None:
+FOREIGN = {
+    "no images": {"images": torch.zeros(5, 1, 256, dtype=torch.uint8), "latents": torch.zeros(5, 4, 4)},
+    "no latents": {"images": torch.zeros(5, 1, 16, 16, dtype=torch.uint8), "latent": torch.zeros(5, 4, 4)},
+    "no levels": {"images": torch.zeros(5, 1, 16, 16), "latents": torch.zeros(5, 4, 4)},
+    "other shapes": {"images": torch.zeros(5, 1, 8, 32, dtype=torch.uint8), "latents": torch.zeros(5, 4)},
+}
+
+
+def test_full_precision_images_of_another_form_are_refused(text_run: RunFolder) -> None:
     stage.run(_config(), text_run)
     folder = text_run.path("evaluate", "full-precision")
-    for index, count in enumerate((5, 5, 2)):
-        save_tensors(folder / f"batch-{index:05d}.safetensors", {key: value[:count] for key, value in crafted.items()})
-    manifest = read_manifest(folder)
-    write_manifest(folder, manifest.model_copy(update={"payload": describe_payload(folder, ())}))
-    with pytest.raises(InputError, match=r"does not hold 5 images|have the shape"):
-        stage.run(_config(), text_run, force=True)
+    for name, crafted in FOREIGN.items():
+        for index, count in enumerate((5, 5, 2)):
+            path = folder / f"batch-{index:05d}.safetensors"
+            save_tensors(path, {key: value[:count] for key, value in crafted.items()})
+        manifest = read_manifest(folder)
+        write_manifest(folder, manifest.model_copy(update={"payload": describe_payload(folder, ())}))
+        with pytest.raises(InputError) as caught:
+            stage.run(_config(), text_run, force=True)
+        assert re.search(r"does not hold 5 images|have the shape", caught.value.message), f"{name}: {caught.value}"
