@@ -32,6 +32,8 @@ from edadm_cli.calibrate.ranges import search_weight_scales
 from edadm_cli.config import BitWidth, SensitivityConfig
 from edadm_cli.metrics.distances import relative_l2
 from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.pipeline_calls.backward_sweep import random_directions
+from edadm_cli.models.pipeline_calls.recorded_sampling import record_sampling
 from edadm_cli.models.pipeline_calls.sampling import sample, sample_with_gradients
 from edadm_cli.models.units import trace, units
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
@@ -39,7 +41,6 @@ from edadm_cli.recipe import load_recipe
 from edadm_cli.sensitivity import building
 from edadm_cli.sensitivity.candidates import LayerCandidates, weight_change
 from edadm_cli.sensitivity.effects import measure_effects
-from edadm_cli.sensitivity.recorded_sampling import record_sampling
 from edadm_cli.sensitivity.task import Task, resolve_task
 
 AT_ONCE = 8  # images
@@ -140,7 +141,7 @@ def measured(
     for start in range(0, min(images, len(sampling.seeds)), AT_ONCE):
         chosen = slice(start, min(start + AT_ONCE, images))
         recorded = record_sampling({"": model.denoiser}, generator(task, model, chosen, sample_with_gradients))
-        directions = building.random_directions(recorded.final, sampling.seeds[chosen], 0)
+        directions = random_directions(recorded.final, sampling.seeds[chosen], 0)
         found = measure_effects(recorded, {"": model.denoiser}, {"": candidates}, directions, {"": num_steps})
         for name, each in found.layers[""].items():
             effects[name].append(each)

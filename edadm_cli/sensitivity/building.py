@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +19,18 @@ from edadm_cli.artifacts import (
 )
 from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.config import BitWidth
-from edadm_cli.errors import InputError, MachineError
+from edadm_cli.errors import InputError
 from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.families import Call
 from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.pipeline_calls.failures import KINDS, is_out_of_memory
-from edadm_cli.models.pipeline_calls.sampling import sample_with_gradients
-from edadm_cli.models.sources.from_folder import first_sentence
+from edadm_cli.models.pipeline_calls.backward_sweep import (
+    NUM_DIRECTIONS,
+    explained_gradients,
+    freeze,
+    random_directions,
+    record_images,
+)
+from edadm_cli.models.pipeline_calls.recorded_sampling import NoGradientError
 from edadm_cli.models.units import trace, units
 from edadm_cli.progress import Reporter
 from edadm_cli.quant.plan import name_within
@@ -35,11 +38,10 @@ from edadm_cli.recipe import Recipe
 from edadm_cli.sensitivity.candidates import LayerCandidates, layer_candidates
 from edadm_cli.sensitivity.effects import measure_effects
 from edadm_cli.sensitivity.plot import plot_sensitivity
-from edadm_cli.sensitivity.recorded_sampling import EQUAL_BITS_HINT, record_sampling
 from edadm_cli.sensitivity.task import Task
 
 PLOT_FILE = "sensitivity.png"
-NUM_DIRECTIONS = 4
+_EQUAL_BITS_HINT = "edadm reconstruct --bits w4a8, or another width that all layers have"
 _PROGRESS_FILE = "progress.json"
 _NUM_PARTS = 2  # at least so many parts of the images, so that a killed run has lost at most half
 _SMALLEST = 1e-18  # of a squared distance, so that a layer without any effect has a logarithm
@@ -140,9 +142,12 @@ def measure(task: Task, build: Build, reporter: Reporter) -> None:
         UsageError: A pattern of the recipe matches no layer.
     """
     model, parts = task.collected.load(task.device, torch.float32), parts_of(task)
-    _freeze(model)
+    freeze(model)
     layers = [_layers_of(part, model.by_denoiser()[part.place].denoiser) for part in parts]
-    progress = _measure_images(task, model, layers, build.path / _PROGRESS_FILE, reporter)
+    try:
+        progress = _measure_images(task, model, layers, build.path / _PROGRESS_FILE, reporter)
+    except NoGradientError as error:
+        raise InputError(error.message, hint=_EQUAL_BITS_HINT) from error
     result = Sensitivity(
         layers=tuple(row for each in layers for row in _rows(each, progress)),
         step_gains=tuple(sum(gain) / len(gain) for part in parts for gain in progress.gains[part.place]),
@@ -153,13 +158,6 @@ def measure(task: Task, build: Build, reporter: Reporter) -> None:
     plot_sensitivity(build.path / PLOT_FILE, result)
     build.discard([_PROGRESS_FILE])
     build.commit(environment={"device": str(task.device)})
-
-
-def _freeze(model: LoadedModel) -> None:
-    """Switches off the gradients of all parameters, which nothing here needs."""
-    for component in model.pipeline.components.values():
-        if isinstance(component, nn.Module):
-            component.requires_grad_(False)
 
 
 def _layers_of(part: Part, denoiser: nn.Module) -> Layers:
@@ -190,7 +188,7 @@ def _measure_images(task: Task, model: LoadedModel, layers: list[Layers], path: 
         advance(progress.num_images)
         while progress.num_images < total:
             images = slice(progress.num_images, min(progress.num_images + at_once, total))
-            with _explained(model):
+            with explained_gradients(model):
                 effects, gains = _measure_some(task, model, layers, images)
             progress.add(effects, gains, images.stop - images.start)
             save_json(path, vars(progress))
@@ -207,20 +205,11 @@ def _measure_some(
         The relative squared changes and the gains of `Progress.add`.
 
     Raises:
-        InputError: A gradient is not finite.
+        NoGradientError: The final samples have no gradient, or it is not finite.
     """
     denoisers = {each.part.place: each.denoiser for each in layers}
     sampling = task.collected.sampling
-    recorded = record_sampling(
-        denoisers,
-        lambda: sample_with_gradients(
-            model,
-            seeds=sampling.seeds[images],
-            prompts=None if sampling.prompts is None else sampling.prompts[images],
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
-        ),
-    )
+    recorded = record_images(model, sampling, images)
     directions = random_directions(recorded.final, sampling.seeds[images], task.config.seed)
     candidates = {each.part.place: each.candidates for each in layers}
     num_steps = {each.part.place: each.part.num_steps for each in layers}
@@ -232,41 +221,10 @@ def _measure_some(
         for name, change in named.items()
     }
     if not all(bool(values.isfinite().all()) for values in effects.values()):
-        raise InputError(
-            f"{model.ref.id}: the gradient of the final sample is not finite, so layers cannot be compared.",
-            hint=EQUAL_BITS_HINT,
+        raise NoGradientError(
+            f"{model.ref.id}: the gradient of the final sample is not finite, so layers cannot be compared."
         )
     return effects, measured.gains
-
-
-@contextmanager
-def _explained(model: LoadedModel) -> Iterator[None]:
-    """Turns the errors of a model that samples, but cannot be differentiated, into one sentence.
-
-    Raises:
-        InputError: There was such an error.
-        MachineError: The device ran out of memory.
-    """
-    try:
-        yield
-    except (*KINDS, MemoryError) as error:
-        if isinstance(error, MemoryError) or is_out_of_memory(error):
-            raise MachineError(
-                f"{model.ref.id}: the device ran out of memory while final samples were followed back.",
-                hint="a smaller --batch-size",
-            ) from error
-        raise InputError(
-            f"{model.ref.id} has no gradient of its final samples: {first_sentence(error)}", hint=EQUAL_BITS_HINT
-        ) from error
-
-
-def random_directions(final: Tensor, seeds: Sequence[int], seed: int) -> Tensor:
-    """Returns random directions `[K, N, *]` for final samples `[N, *]`; those of an image depend on its seed alone."""
-    directions = []
-    for image in seeds:
-        generator = torch.Generator().manual_seed((~image ^ seed) % 2**32)  # the noise of the image has `image` itself
-        directions.append(torch.randn((NUM_DIRECTIONS, *final.shape[1:]), generator=generator))
-    return torch.stack(directions, 1).to(final)
 
 
 def _rows(layers: Layers, progress: Progress) -> list[LayerSensitivity]:

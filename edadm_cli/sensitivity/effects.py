@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.hooks import Hooks
-from edadm_cli.models.denoiser_calls.predictions import prediction_of
+from edadm_cli.models.pipeline_calls.backward_sweep import gradients_through, sweep_back
+from edadm_cli.models.pipeline_calls.recorded_sampling import RecordedCall, RecordedSampling
 from edadm_cli.sensitivity.candidates import LayerCandidates
-from edadm_cli.sensitivity.recorded_sampling import RecordedCall, RecordedSampling
 
 Candidates = Mapping[str, Mapping[str, LayerCandidates]]
 """The candidates of the layers of each denoiser: by its place, then by the layer's name."""
@@ -44,9 +44,7 @@ class Effects:
     Attributes:
         layers: By the place of the denoiser and the layer's name, <v, dx_0> of each direction, candidate and image,
             with shape `(K, count, N)`, float64.
-        gains: By the place of the denoiser, the squared change of the final sample per squared change of the
-            predictions of each step, both as means over their elements, if the latter is random and the same in all
-            predictions of the step; with shape `(T, N)`, float64. Its mean over the directions is taken.
+        gains: The gains of the steps, as `sweep_back` returns them.
     """
 
     layers: dict[str, dict[str, Tensor]]
@@ -76,33 +74,14 @@ def measure_effects(
         place: {name: sums.repeat(1, layer.count, 1) for name, layer in named.items()}
         for place, named in candidates.items()
     }
-    of_steps: dict[str, list[Tensor]] = {place: [] for place in candidates}
-    later: list[dict[int, list[Tensor]]] = [{} for _ in range(count)]  # of each direction
-    for index in reversed(range(len(recorded.calls))):
-        call = recorded.calls[index]
-        adjoints = [recorded.adjoint(index, directions[k], later[k]) for k in range(count)]
-        known = [torch.zeros_like(call.prediction) if adjoint is None else adjoint for adjoint in adjoints]
-        of_steps[call.place].insert(0, torch.stack([_guided(adjoint, images) for adjoint in known]))
-        inputs, changes = _through_call(denoisers[call.place], call, candidates[call.place], known, images)
-        for k in range(count):
-            later[k][index] = inputs[k]
+
+    def through(call: RecordedCall, adjoints: Sequence[Tensor]) -> list[list[Tensor]]:
+        inputs, changes = _through_call(denoisers[call.place], call, candidates[call.place], adjoints, images)
         for name, change in changes.items():
             layers[call.place][name] += change
-    squares = directions.double().flatten(2).square().sum(2).mean(0)
-    return Effects(layers, {place: _gains(each, num_steps[place]) / squares for place, each in of_steps.items()})
+        return inputs
 
-
-def _guided(adjoint: Tensor, images: int) -> Tensor:
-    """Returns the gradient with respect to a change that all branches of a call have in common, `[N, D]`."""
-    return adjoint.reshape(-1, images, adjoint[0].numel()).sum(0)
-
-
-def _gains(of_calls: Sequence[Tensor], num_steps: int) -> Tensor:
-    """Returns the squares of the gradients `[K, N, D]` of each step, summed over D and its calls, as `[T, N]`."""
-    per_step, rest = divmod(len(of_calls), num_steps)
-    per_step = 1 if rest else max(1, per_step)
-    steps = [torch.stack(list(of_calls[i : i + per_step])).sum(0) for i in range(0, len(of_calls), per_step)]
-    return torch.stack([step.double().square().sum(2).mean(0) for step in steps])
+    return Effects(layers, sweep_back(recorded, directions, num_steps, through))
 
 
 def _through_call(
@@ -118,23 +97,14 @@ def _through_call(
         The gradients with respect to the call's `inputs`, for each adjoint; and by layer the inner products
         `[K, count, N]` of its candidates' changes with the gradient of its output, summed over the rows of an image.
     """
-    args, kwargs, leaves = call.with_leaves()
     strengths: dict[str, Tensor] = {}
-    with torch.enable_grad(), Hooks() as hooks:
+    with Hooks() as hooks:
         for name, layer in candidates.items():
             hooks.after(layer.layer, _marking(name, layer, strengths))
-        prediction = prediction_of(denoiser(*args, **kwargs))
-    names, wanted = list(strengths), [*leaves, *strengths.values()]
-    inputs: list[list[Tensor]] = []
-    products: list[list[Tensor]] = []
-    for number, adjoint in enumerate(adjoints):
-        is_last = number + 1 == len(adjoints)
-        gradients = torch.autograd.grad(
-            prediction, wanted, adjoint, retain_graph=not is_last, allow_unused=True, materialize_grads=True
-        )
-        inputs.append(list(gradients[: len(leaves)]))
-        products.append([_by_image(gradient, len(prediction), images) for gradient in gradients[len(leaves) :]])
-    by_layer = zip(names, zip(*products, strict=True), strict=True)
+        inputs, gradients = gradients_through(denoiser, call, adjoints, strengths)
+    rows = len(call.prediction)
+    products = [[_by_image(gradient, rows, images) for gradient in each] for each in gradients]
+    by_layer = zip(strengths, zip(*products, strict=True), strict=True)
     return inputs, {name: torch.stack(each) for name, each in by_layer}
 
 

@@ -11,10 +11,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
+from edadm_cli.models.pipeline_calls.recorded_sampling import record_sampling
 from edadm_cli.quant.plan import LayerPlan
 from edadm_cli.sensitivity.candidates import LayerCandidates
 from edadm_cli.sensitivity.effects import measure_effects
-from edadm_cli.sensitivity.recorded_sampling import record_sampling
 
 FACTORS = ((0.9, 0.5), (0.8, -0.3), (1.1, 0.2))  # x <- a x + b prediction, step by step
 IMAGES = 2

@@ -19,7 +19,9 @@ from edadm_cli.errors import InputError
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.denoiser_calls.predictions import prediction_of
 
-EQUAL_BITS_HINT = "edadm reconstruct --bits w4a8, or another width that all layers have"
+
+class NoGradientError(InputError):
+    """The final samples of a pipeline cannot be followed back to the predictions of its denoisers."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def record_sampling(denoisers: Mapping[str, nn.Module], generate: Callable[[], T
         generate: Samples with gradients switched on, and returns the final sample.
 
     Raises:
-        InputError: The final sample does not depend on the predictions in a way that has a gradient.
+        NoGradientError: The final sample does not depend on the predictions in a way that has a gradient.
     """
     calls: list[RecordedCall] = []
 
@@ -111,10 +113,9 @@ def record_sampling(denoisers: Mapping[str, nn.Module], generate: Callable[[], T
             hooks.after(denoiser, recorder(place), with_kwargs=True)
         final = generate()
     if not final.requires_grad:
-        raise InputError(
-            "The final sample of this pipeline has no gradient with respect to the denoiser's predictions, so the"
-            " effect of its layers cannot be measured.",
-            hint=EQUAL_BITS_HINT,
+        raise NoGradientError(
+            "The final sample of this pipeline has no gradient with respect to the denoiser's predictions, so what"
+            " changes it cannot be measured."
         )
     return RecordedSampling(calls, final)
 

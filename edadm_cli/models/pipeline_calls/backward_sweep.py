@@ -1,0 +1,201 @@
+"""Takes random directions of the final sample back through all calls of a recorded sampler.
+
+A change e_t of the prediction of step t changes the final sample by J_t e_t to first order. For a random direction v
+of independent normal numbers, the adjoint J_t^T v has the mean square of J_t's entries: |J_t e_t|^2 for a random e_t.
+
+References:
+    Hutchinson's estimator of the trace of J^T J (https://doi.org/10.1080/03610919008812866).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.errors import MachineError
+from edadm_cli.models.collected import Sampling
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.pipeline_calls.failures import KINDS, is_out_of_memory
+from edadm_cli.models.pipeline_calls.recorded_sampling import (
+    NoGradientError,
+    RecordedCall,
+    RecordedSampling,
+    record_sampling,
+)
+from edadm_cli.models.pipeline_calls.sampling import sample_with_gradients
+from edadm_cli.models.sources.from_folder import first_sentence
+
+NUM_DIRECTIONS = 4
+_SMALLEST_GAIN = 1e-18  # so that a step without any effect has a logarithm
+
+Through = Callable[[RecordedCall, Sequence[Tensor]], list[list[Tensor]]]
+"""Takes the adjoints of a call's prediction, one per direction, back through its denoiser; returns for each of them the
+gradients with respect to the `inputs` of the call."""
+
+
+def freeze(model: LoadedModel) -> None:
+    """Switches off the gradients of all parameters: with them, all activations of all steps would stay in memory."""
+    for component in model.pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False)
+
+
+def record_images(model: LoadedModel, sampling: Sampling, images: slice) -> RecordedSampling:
+    """Samples some of the images of a collection once more, with gradients; the model is frozen.
+
+    Raises:
+        InputError: The final sample does not depend on the predictions in a way that has a gradient.
+        MachineError: The device ran out of memory.
+    """
+    return record_sampling(
+        {place: each.denoiser for place, each in model.by_denoiser().items()},
+        lambda: sample_with_gradients(
+            model,
+            seeds=sampling.seeds[images],
+            prompts=None if sampling.prompts is None else sampling.prompts[images],
+            num_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+        ),
+    )
+
+
+def random_directions(final: Tensor, seeds: Sequence[int], seed: int) -> Tensor:
+    """Returns random directions `[K, N, *]` for final samples `[N, *]`; those of an image depend on its seed alone."""
+    directions = []
+    for image in seeds:
+        generator = torch.Generator().manual_seed((~image ^ seed) % 2**32)  # the noise of the image has `image` itself
+        directions.append(torch.randn((NUM_DIRECTIONS, *final.shape[1:]), generator=generator))
+    return torch.stack(directions, 1).to(final)
+
+
+def sweep_back(
+    recorded: RecordedSampling, directions: Tensor, num_steps: Mapping[str, int], through: Through
+) -> dict[str, Tensor]:
+    """Takes directions back through all calls, the last one first.
+
+    Args:
+        recorded: The run of the sampler.
+        directions: K random directions, with shape `(K, N, *)`.
+        num_steps: By the place of each denoiser, the steps at which it is called; each call is a step of its own where
+            they differ in their number of calls.
+        through: What takes adjoints back through one call.
+
+    Returns:
+        The gains of the steps by the denoiser's place, `(T, N)` float64: the squared change of the final sample per
+        squared change of the predictions of a step, both as means over their elements, if the latter is random and the
+        same in all predictions of the step. The mean over the directions is taken.
+    """
+    count, images = directions.shape[:2]
+    of_steps: dict[str, list[Tensor]] = {place: [] for place in num_steps}
+    later: list[dict[int, list[Tensor]]] = [{} for _ in range(count)]  # of each direction
+    for index in reversed(range(len(recorded.calls))):
+        call = recorded.calls[index]
+        adjoints = [recorded.adjoint(index, directions[k], later[k]) for k in range(count)]
+        known = [torch.zeros_like(call.prediction) if adjoint is None else adjoint for adjoint in adjoints]
+        of_steps[call.place].insert(0, torch.stack([_guided(adjoint, images) for adjoint in known]))
+        for of_direction, inputs in zip(later, through(call, known), strict=True):
+            of_direction[index] = inputs
+    squares = directions.double().flatten(2).square().sum(2).mean(0)
+    return {place: _gains(each, num_steps[place]) / squares for place, each in of_steps.items()}
+
+
+def gradients_through(
+    denoiser: nn.Module, call: RecordedCall, adjoints: Sequence[Tensor], marks: Mapping[str, Tensor]
+) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """Takes adjoints of a call's prediction back through the denoiser.
+
+    Args:
+        denoiser: The denoiser.
+        call: The call.
+        adjoints: The adjoints, one per direction.
+        marks: Tensors that enter the prediction besides the call's inputs; hooks may add them during the call.
+
+    Returns:
+        For each adjoint, the gradients with respect to the call's `inputs`, and those with respect to `marks`.
+    """
+    args, kwargs, leaves = call.with_leaves()
+    with torch.enable_grad():
+        prediction = prediction_of(denoiser(*args, **kwargs))
+    wanted = [*leaves, *marks.values()]
+    inputs: list[list[Tensor]] = []
+    of_marks: list[list[Tensor]] = []
+    for number, adjoint in enumerate(adjoints):
+        gradients: Sequence[Tensor] = ()
+        if wanted:
+            is_last = number + 1 == len(adjoints)
+            gradients = torch.autograd.grad(
+                prediction, wanted, adjoint, retain_graph=not is_last, allow_unused=True, materialize_grads=True
+            )
+        inputs.append(list(gradients[: len(leaves)]))
+        of_marks.append(list(gradients[len(leaves) :]))
+    return inputs, of_marks
+
+
+@contextmanager
+def explained_gradients(model: LoadedModel) -> Iterator[None]:
+    """Turns the errors of a model that samples, but cannot be differentiated, into one sentence.
+
+    Raises:
+        NoGradientError: There was such an error.
+        MachineError: The device ran out of memory.
+    """
+    try:
+        yield
+    except (*KINDS, MemoryError) as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise MachineError(
+                f"{model.ref.id}: the device ran out of memory while final samples were followed back.",
+                hint="a smaller --batch-size",
+            ) from error
+        raise NoGradientError(
+            f"{model.ref.id} has no gradient of its final samples: {first_sentence(error)}"
+        ) from error
+
+
+def step_gains(
+    model: LoadedModel, sampling: Sampling, num_steps: Mapping[str, int], count: int, seed: int
+) -> dict[str, Tensor]:
+    """Returns the gain of each step of each denoiser, `(T,)` float64, as the geometric mean over some images.
+
+    Args:
+        model: The pipeline in full precision.
+        sampling: How the images of its collection were sampled.
+        num_steps: By the place of each denoiser, the steps at which it is called.
+        count: How many of them are sampled again.
+        seed: The seed of the random directions.
+
+    Raises:
+        NoGradientError: The final sample has no gradient, or it is not finite.
+        MachineError: The device ran out of memory.
+    """
+    images, denoisers = slice(0, count), model.by_denoiser()
+    freeze(model)
+    with explained_gradients(model):
+        recorded = record_images(model, sampling, images)
+        directions = random_directions(recorded.final, sampling.seeds[images], seed)
+        gains = sweep_back(
+            recorded,
+            directions,
+            num_steps,
+            lambda call, adjoints: gradients_through(denoisers[call.place].denoiser, call, adjoints, {})[0],
+        )
+    if not all(bool(each.isfinite().all()) for each in gains.values()):
+        raise NoGradientError(f"{model.ref.id}: the gradient of the final sample is not finite.")
+    return {place: each.clamp_min(_SMALLEST_GAIN).log().mean(1).exp() for place, each in gains.items()}
+
+
+def _guided(adjoint: Tensor, images: int) -> Tensor:
+    """Returns the gradient with respect to a change that all branches of a call have in common, `[N, D]`."""
+    return adjoint.reshape(-1, images, adjoint[0].numel()).sum(0)
+
+
+def _gains(of_calls: Sequence[Tensor], num_steps: int) -> Tensor:
+    """Returns the squares of the gradients `[K, N, D]` of each step, summed over D and its calls, as `[T, N]`."""
+    per_step, rest = divmod(len(of_calls), num_steps)
+    per_step = 1 if rest else max(1, per_step)
+    steps = [torch.stack(list(of_calls[i : i + per_step])).sum(0) for i in range(0, len(of_calls), per_step)]
+    return torch.stack([step.double().square().sum(2).mean(0) for step in steps])
