@@ -188,6 +188,11 @@ class LearnRecipe(_Frozen):
     )
     network_batch_size: int = later(32, ge=1, description="rows of those steps")
     network_learning_rate: float = later(3e-3, gt=0, description="Adam's step for the codes in those steps, in codes")
+    network_step_weights: Literal["alike", "effect"] = later(
+        "alike",
+        description="what the share of a sampler step's error that is left counts: alike for all steps, or as much as"
+        " random errors of its size move the final sample",
+    )
 
 
 class LayerRule(_Frozen):

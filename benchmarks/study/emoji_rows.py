@@ -19,6 +19,7 @@ VARIANTS = {
     "q-diffusion, 300 iterations": "q-diffusion+learn.iterations=300+learn.weight_learning_rate=0.1"
     "+learn.activation_learning_rate=0.001",
     "network-wise": "network-wise",
+    "network-wise, steps alike": "network-wise+learn.network_step_weights=alike",
     "network-wise, float inputs": "network-wise+ranges.float_input_share=0.05",
     "network-wise, codes fixed": "network-wise+learn.network_learning_rate=0.000000001",
     "network-wise, 300 of 256 samples": "default+learn.network_iterations=300",
@@ -82,7 +83,7 @@ class Row:
     @property
     def length(self) -> float:
         """About how long it takes beside a row with 300 iterations on the same model."""
-        together = variant_recipe(self.variant, None)[0].learn.network_iterations
+        together = variant_recipe(self.variant, None)[0].learn.network_iterations if self.bits else 0
         return (self.iterations / 300 or 0.4) + together / 1000
 
     @property
@@ -126,6 +127,7 @@ def _waves(seeds: list[int]) -> list[list[Line]]:
         ],
         [
             (("network-wise",), ("w4a8",), seeds),
+            (("network-wise", "network-wise, steps alike"), ("w4a8",), one),
             (("network-wise",), ("w3a8",), one),
             (("network-wise, float inputs",), ("w4a8",), one),
             (("network-wise",), ("w4g32a8",), one, "emoji-dit"),

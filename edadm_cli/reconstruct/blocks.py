@@ -123,7 +123,12 @@ class BlockReconstruction:
         return results
 
     def learn_together(
-        self, units: Sequence[Unit], number: int, batches: Batches, advance: Callable[[int], None]
+        self,
+        units: Sequence[Unit],
+        number: int,
+        batches: Batches,
+        advance: Callable[[int], None],
+        step_gains: Tensor | None = None,
     ) -> UnitLosses:
         """Learns units that have learned by themselves once more, all together, and freezes the result.
 
@@ -132,13 +137,16 @@ class BlockReconstruction:
             number: The number of units of the denoiser.
             batches: The samples to learn from, which need not be those of the units.
             advance: Progress callback, called after every iteration.
+            step_gains: The gain of each sampler step, `(T,)`, by which it counts; without them all steps count alike.
         """
         checkpoints, processes = self.workspace.checkpoints, self.workspace.processes
         whole = whole_denoiser(self.network, units)
         result = checkpoints.load(number, whole)
         processes.wait()
         if result is None:
-            together = WholeReconstruction(self.network, self.plan, self.ranges, batches, self.hyperparameters)
+            together = WholeReconstruction(
+                self.network, self.plan, self.ranges, batches, self.hyperparameters, step_gains
+            )
             seed = unit_seed(self.seed, number)
             result = together.learn(whole, self.params, seed, self.workspace.cache, advance, processes)
             self.passes["full_precision"] += 1

@@ -48,6 +48,7 @@ class Hyperparameters(BaseModel):
     network_samples: int = 4096
     network_batch_size: int = 32
     network_learning_rate: float = 3e-3
+    network_step_weights: Literal["alike", "effect"] = "alike"
 
     def identity_fields(self) -> dict[str, Any]:
         """Returns the fields that decide the result; those with a default count only if they differ from it."""

@@ -133,6 +133,8 @@ class WholeReconstruction:
         ranges: The ranges that were searched, to which the rounding of the units belongs.
         batches: The samples to learn from.
         hyperparameters: The numbers of the optimization of units; see `hyperparameters_of`.
+        step_gains: The squared change of the final sample per squared random error of each sampler step's prediction,
+            `(T,)`; without them all steps count alike.
     """
 
     def __init__(
@@ -142,7 +144,9 @@ class WholeReconstruction:
         ranges: Mapping[str, Tensor],
         batches: Batches,
         hyperparameters: Hyperparameters,
+        step_gains: Tensor | None = None,
     ) -> None:
+        self.step_gains = step_gains
         self.network, self.plan, self.ranges, self.batches = network, plan, ranges, batches
         self.hyperparameters = hyperparameters_of(hyperparameters)
 
@@ -211,12 +215,7 @@ class WholeReconstruction:
 
     @torch.no_grad()
     def _row_factors(self, calls: UnitCalls, cache: RowCache, processes: Processes) -> Rows:
-        """Returns 1 / sqrt(E) for each row, where E is the mean loss of all rows of the same sampler step.
-
-        So the loss begins at 1, and each step counts by how much of its error is left. Otherwise the steps with the
-        largest errors, which are those of nearly clean samples, would decide alone, and they change the final sample
-        least.
-        """
+        """Returns the square root of each row's weight; see `step_weights`."""
         losses = torch.zeros(calls.rows, dtype=torch.float64, device=self.network.device)
         parts = chunks(calls.rows, self.batches.batch_size)
         for places in parts[processes.index :: processes.count]:
@@ -226,9 +225,34 @@ class WholeReconstruction:
             losses[places.start : places.stop] = row_losses(outputs, targets, len(places))
         processes.sum(losses)
         steps = torch.tensor(self.batches.step_of_rows(), device=losses.device)
-        sums = torch.zeros(int(steps.max()) + 1, dtype=torch.float64, device=losses.device)
-        means = sums.index_add(0, steps, losses) / steps.bincount()
+        weights = step_weights(losses, steps, self.step_gains)
         factors = cache.allocate(calls.rows, RowType((), torch.float32))
-        smallest = max(_SMALLEST_ERROR * float(means.nan_to_num().max()), torch.finfo(torch.float32).tiny)
-        factors.write(range(calls.rows), means[steps].clamp(min=smallest).rsqrt().float())
+        factors.write(range(calls.rows), weights[steps].sqrt().float())
         return cache.settle(factors, calls.rows) if cache.shared else factors
+
+
+def step_weights(losses: Tensor, steps: Tensor, gains: Tensor | None) -> Tensor:
+    r"""Returns the weight of the rows of each sampler step, `(T,)`, with which the mean over all rows begins at 1.
+
+    Rows of step t, whose mean loss is E_t, get the weight 1 / E_t without gains: each step counts by how much of its
+    error is left. Otherwise the steps with the largest errors, which are those of nearly clean samples, would decide
+    alone, and they change the final sample least.
+
+    With the gains G_t the weight is sqrt(G_t / E_t). An error of size sqrt(E_t) moves the final sample by about
+    c_t = sqrt(G_t E_t), and errors of the steps add up to at most the sum of these. By the inequality of Cauchy and
+    Schwarz its square is at most the sum of c_t times the sum of c_t e_t / E_t, where e_t is the loss of the step while
+    learning goes on: so each step counts by how much of its error is left, times c_t.
+
+    Args:
+        losses: The loss of each row before learning, `(rows,)`.
+        steps: The sampler step of each row, `(rows,)`.
+        gains: The gain of each step, `(T,)`.
+    """
+    counts = steps.bincount()
+    means = losses.new_zeros(len(counts)).index_add(0, steps, losses) / counts
+    present = means.nan_to_num()
+    smallest = max(_SMALLEST_ERROR * float(present.max()), torch.finfo(torch.float32).tiny)
+    errors = means.clamp(min=smallest)
+    weights = errors.reciprocal() if gains is None else (gains.to(losses)[: len(errors)] / errors).sqrt()
+    scale = (weights * present).nan_to_num() @ counts.to(losses) / len(losses)
+    return weights / scale if scale > 0 else weights

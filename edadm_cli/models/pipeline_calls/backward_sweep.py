@@ -73,7 +73,11 @@ def random_directions(final: Tensor, seeds: Sequence[int], seed: int) -> Tensor:
 
 
 def sweep_back(
-    recorded: RecordedSampling, directions: Tensor, num_steps: Mapping[str, int], through: Through
+    recorded: RecordedSampling,
+    directions: Tensor,
+    num_steps: Mapping[str, int],
+    through: Through,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """Takes directions back through all calls, the last one first.
 
@@ -83,6 +87,7 @@ def sweep_back(
         num_steps: By the place of each denoiser, the steps at which it is called; each call is a step of its own where
             they differ in their number of calls.
         through: What takes adjoints back through one call.
+        advance: Progress callback, called after every call.
 
     Returns:
         The gains of the steps by the denoiser's place, `(T, N)` float64: the squared change of the final sample per
@@ -99,6 +104,7 @@ def sweep_back(
         of_steps[call.place].insert(0, torch.stack([_guided(adjoint, images) for adjoint in known]))
         for of_direction, inputs in zip(later, through(call, known), strict=True):
             of_direction[index] = inputs
+        advance(1)
     squares = directions.double().flatten(2).square().sum(2).mean(0)
     return {place: _gains(each, num_steps[place]) / squares for place, each in of_steps.items()}
 
@@ -157,7 +163,12 @@ def explained_gradients(model: LoadedModel) -> Iterator[None]:
 
 
 def step_gains(
-    model: LoadedModel, sampling: Sampling, num_steps: Mapping[str, int], count: int, seed: int
+    model: LoadedModel,
+    sampling: Sampling,
+    num_steps: Mapping[str, int],
+    count: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """Returns the gain of each step of each denoiser, `(T,)` float64, as the geometric mean over some images.
 
@@ -165,8 +176,9 @@ def step_gains(
         model: The pipeline in full precision.
         sampling: How the images of its collection were sampled.
         num_steps: By the place of each denoiser, the steps at which it is called.
-        count: How many of them are sampled again.
+        count: How many of the images are sampled again.
         seed: The seed of the random directions.
+        advance: Progress callback, called after every call of a denoiser in the sweep.
 
     Raises:
         NoGradientError: The final sample has no gradient, or it is not finite.
@@ -174,15 +186,14 @@ def step_gains(
     """
     images, denoisers = slice(0, count), model.by_denoiser()
     freeze(model)
+
+    def through(call: RecordedCall, adjoints: Sequence[Tensor]) -> list[list[Tensor]]:
+        return gradients_through(denoisers[call.place].denoiser, call, adjoints, {})[0]
+
     with explained_gradients(model):
         recorded = record_images(model, sampling, images)
         directions = random_directions(recorded.final, sampling.seeds[images], seed)
-        gains = sweep_back(
-            recorded,
-            directions,
-            num_steps,
-            lambda call, adjoints: gradients_through(denoisers[call.place].denoiser, call, adjoints, {})[0],
-        )
+        gains = sweep_back(recorded, directions, num_steps, through, advance)
     if not all(bool(each.isfinite().all()) for each in gains.values()):
         raise NoGradientError(f"{model.ref.id}: the gradient of the final sample is not finite.")
     return {place: each.clamp_min(_SMALLEST_GAIN).log().mean(1).exp() for place, each in gains.items()}
