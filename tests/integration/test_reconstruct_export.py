@@ -21,6 +21,7 @@ from edadm_cli.export import round_trip
 from edadm_cli.export import stage as export
 from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loading import load_model
+from edadm_cli.models.pipeline_calls.recorded_sampling import NoGradientError
 from edadm_cli.quant.groups import LARGEST_MULTIPLIER
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.recipe import LayerRule, LearnRecipe, Recipe, load_recipe
@@ -144,6 +145,25 @@ def test_all_units_learn_together_at_the_end(tiny_sd: Path, fresh_run: FreshRun)
     with_more = recipe.model_copy(update={"learn": recipe.learn.model_copy(update={"network_iterations": 100_000})})
     seconds = [reconstruct_estimates.estimate(config_of("w3a8", each), run).seconds for each in (recipe, with_more)]
     assert seconds[1] > 10 * seconds[0]
+
+
+def test_without_gradients_of_the_sampler_all_steps_count_alike(
+    tiny_ddpm: Path, fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise NoGradientError("tiny has no gradient of its final samples.")
+
+    run, recipe = fresh_run(tiny_ddpm), quick("network-wise")
+    numbers = {"network_iterations": 2, "network_samples": 5, "network_batch_size": 4}
+    learn = recipe.learn.model_copy(update=numbers)
+    record = reconstruct.run(config_of("w3a8", recipe.model_copy(update={"learn": learn})), run)
+    assert not record.warnings
+    params = run.open("reconstruct", "w3a8").tensors("quant_params.safetensors")
+    monkeypatch.setattr("edadm_cli.reconstruct.step_gains.step_gains", refuse)
+    record = reconstruct.run(config_of("w3a8", recipe.model_copy(update={"learn": learn})), run, force=True)
+    assert [warning for warning in record.warnings if "all sampler steps count alike" in warning]
+    alike = run.open("reconstruct", "w3a8").tensors("quant_params.safetensors")
+    assert any(not torch.equal(alike[name], params[name]) for name in params)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -18,6 +18,7 @@ from edadm_cli.config import BitWidth, SensitivityConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.metrics.distances import relative_l2
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.pipeline_calls.recorded_sampling import NoGradientError
 from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.quant.grid import weight_grid
 from edadm_cli.quant.network import quantize_network
@@ -172,6 +173,20 @@ def test_an_average_needs_the_measurement(run_folder: Path, tmp_path: Path, caps
 @pytest.mark.parametrize("bits", ["auto:9a8", "auto:4.5", "w4.567a8", "auto:1.5a8", "auto:0MiB", "auto:4g4a8"])
 def test_impossible_averages_are_usage_errors(bits: str, run_folder: Path) -> None:
     assert main(["reconstruct", "--bits", bits, "--run", str(run_folder)]) == UsageError.exit_code
+
+
+def test_a_pipeline_without_gradients_gets_a_hint(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise NoGradientError("The final sample of this pipeline has no gradient.")
+
+    for kind in ("collect", "select"):
+        shutil.copytree(run_folder / kind, tmp_path / "run" / kind)
+    monkeypatch.setattr(building, "record_images", refuse)
+    arguments = ["sensitivity", "--num-samples", "8", "--run", str(tmp_path / "run"), "--device", "cpu", "--quiet"]
+    assert main(arguments) == InputError.exit_code
+    assert "edadm reconstruct --bits w4a8" in capsys.readouterr().err
 
 
 def test_a_killed_measurement_goes_on(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
