@@ -240,14 +240,18 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--export", type=Path, help="write the finished rows of --images pictures with their metrics alone; run nothing"
     )
-    parser.add_argument("--models", default=",".join(MODELS), help=f"the shipped models, and {SMALL_MODEL}")
+    parser.add_argument(
+        "--models",
+        default=",".join(MODELS),
+        help=f"the shipped models, and {SMALL_MODEL}; with --rows and without --out, those that the tables show",
+    )
     parser.add_argument(
         f"--{SMALL_MODEL}",
         type=Path,
         metavar="FOLDER",
         help=f"what the stage {SMALL_MODEL} of the training wrote; that model does not ship",
     )
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of the rows that are measured, or shown alike")
     parser.add_argument("--only", default="", help="regular expression that the names of rows match")
     parser.add_argument("--images", type=int, default=1000, help="pictures per row")
     parser.add_argument("--keep", action="store_true", help="leave the quantized models of finished rows in OUT/runs")
@@ -284,22 +288,29 @@ def read_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.out is None and options.rows is None:
         parser.error("--out is needed to run a study")
-    if SMALL_MODEL in options.models.split(",") and options.ddpm_emoji is None:
+    if options.out is not None and SMALL_MODEL in options.models.split(",") and options.ddpm_emoji is None:
         parser.error(f"--models {SMALL_MODEL} needs --{SMALL_MODEL} FOLDER")
     return options
+
+
+def print_tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Prints what the command line asks for of exported rows."""
+    shown: dict[str, list[str]] = {"model": options.models.split(","), "seed": options.seeds.split(",")}
+    rows = [row for row in rows if all(str(row[key]) in names for key, names in shown.items())]
+    if options.steps or options.summary:
+        print(steps_table(rows) if options.steps else summary_table(rows, options.summary))
+        return
+    shown = {"bits": options.bits.split(","), "label": options.labels.split(";")}
+    chosen = [(key, names) for key, names in shown.items() if names != [""]]
+    print(table([row for row in rows if not row["bits"] or all(row[key] in names for key, names in chosen)]))
 
 
 def main() -> None:
     """Runs the study, or prints or writes what was measured."""
     options = read_options()
     earlier = [] if options.rows is None else [json.loads(line) for line in options.rows.read_text().splitlines()]
-    if options.out is None and (options.steps or options.summary):
-        print(steps_table(earlier) if options.steps else summary_table(earlier, options.summary))
-        return
     if options.out is None:
-        shown = {"bits": options.bits.split(","), "label": options.labels.split(";")}
-        chosen = [(key, names) for key, names in shown.items() if names != [""]]
-        print(table([row for row in earlier if not row["bits"] or all(row[key] in names for key, names in chosen)]))
+        print_tables(earlier, options)
         return
     if options.export is not None:
         export(

@@ -119,6 +119,7 @@ GOALS: dict[str, Callable[[Rows, str], Outcome]] = {
     "the same with inputs in floating point: final": at_most(0.75, "final", ("w4a8", "default, float inputs"), BEFORE),
     "W4A8: final distance at most 0.7 of the best published recipe": below_published("w4a8"),
     "the same with inputs in floating point": below_published("w4a8", "default, float inputs"),
+    "the same with `network-wise`": below_published("w4a8", "network-wise"),
     "the same with groups of 32 weights": below_published("w4g32a8"),
     "the same with a budget of 4.5 bits per weight": below_published("auto:4.5a8"),
     "the same with groups of 32 and inputs in floating point": below_published("w4g32a8", "default, float inputs"),
