@@ -12,7 +12,7 @@ from typing import Any
 from edadm_cli.artifacts import RunFolder, RunRecord, Stage, StageRecord, spent
 from edadm_cli.cli import flags
 from edadm_cli.cli.execution import Execution, stage_command
-from edadm_cli.cli.require import Requirement, parse_requirements
+from edadm_cli.cli.require import Requirement, first_problem, parse_requirements
 from edadm_cli.cli.stages import (
     COLLECT,
     EVALUATE,
@@ -157,11 +157,8 @@ def _spent(started: float, records: list[StageRecord]) -> dict[str, Any]:
 
 def _print(execution: Execution, record: RunRecord, requirements: list[Requirement]) -> None:
     result = json.loads(record.model_dump_json(serialize_as_any=True))
-    outcomes = []
-    if not execution.dry_run:
-        outcomes = [
-            {"bits": bits, **requirement.check(by_stage["evaluate"])}
-            for bits, by_stage in result["results"].items()
-            for requirement in requirements
-        ]
-    execution.print(result, outcomes, record.report)
+    due = [] if execution.dry_run else requirements
+    evaluated = {bits: by_stage["evaluate"] for bits, by_stage in result["results"].items() if due}
+    outcomes = [{"bits": bits, **requirement.check(each)} for bits, each in evaluated.items() for requirement in due]
+    problems = (first_problem(due, each) for each in evaluated.values())
+    execution.print(result, outcomes, record.report, next((each for each in problems if each is not None), None))

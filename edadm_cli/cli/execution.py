@@ -22,7 +22,7 @@ from edadm_cli.cli.console import ConsoleReporter, can_redraw
 from edadm_cli.cli.contention import Scheduling
 from edadm_cli.cli.output import Output, show
 from edadm_cli.cli.process_setup import keep_freed_memory, share_gpu_memory, silence_libraries
-from edadm_cli.cli.require import Requirement, unmet
+from edadm_cli.cli.require import Requirement, first_problem, unmet
 from edadm_cli.config import BitWidth, StageConfig
 from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.launching import launched, launched_index
@@ -157,8 +157,9 @@ class Execution:
     ) -> None:
         """Prints a record, and exits with 5 if a requirement is not met."""
         result = json.loads(record.model_dump_json())  # numbers that JSON lacks become null
-        due = [] if self.dry_run else requirements or []
-        self.print(result, [requirement.check(result) for requirement in due], path or record.artifact)
+        due = [] if self.dry_run else list(requirements or [])
+        outcomes = [requirement.check(result) for requirement in due]
+        self.print(result, outcomes, path or record.artifact, first_problem(due, result))
 
     def print_facts(self, facts: Mapping[str, Any], path: str | None) -> None:
         """Prints facts that belong to no run, together with the keys that every command has."""
@@ -166,15 +167,28 @@ class Execution:
         spent_on = {"seconds": time.monotonic() - self.started, "warnings": list(self.reporter.warnings)}
         self.print({**common, **spent_on, **facts}, [], path)
 
-    def print(self, result: Mapping[str, Any], outcomes: list[dict[str, Any]], path: str | None) -> None:
-        """Prints a JSON object, with the outcomes of its requirements if there are any."""
+    def print(
+        self,
+        result: Mapping[str, Any],
+        outcomes: list[dict[str, Any]],
+        path: str | None,
+        problem: EdadmError | None = None,
+    ) -> None:
+        """Prints a JSON object, with the outcomes of its requirements if there are any, and exits if one is not met.
+
+        Args:
+            result: The object.
+            outcomes: The outcomes of the requirements.
+            path: The path that `--quiet` prints; `None` prints nothing.
+            problem: What is wrong with a requirement itself.
+        """
         if launched_index() > 0:
             return
         show(self.output, {**result, "requirements": outcomes} if outcomes else result, path)
-        missed = unmet(outcomes)
-        if missed is not None:
-            report_error(missed)
-            raise typer.Exit(missed.exit_code)
+        failure = problem or unmet(outcomes)
+        if failure is not None:
+            report_error(failure)
+            raise typer.Exit(failure.exit_code)
 
 
 Body = Callable[[Execution, dict[str, Any]], None]

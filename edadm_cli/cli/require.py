@@ -51,33 +51,42 @@ class Requirement:
         return cls(text=text.strip(), key=match[1], comparison=match[2], bound=bound)
 
     def check(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Compares the number, and returns the outcome as the JSON object contains it.
-
-        Raises:
-            UsageError: The result has no such number.
-        """
-        value = self._find(result)
+        """Compares the number, and returns the outcome as the JSON object contains it; an unknown one is not met."""
+        _, value = self._find(result)
         met = value is not None and _OPERATORS[self.comparison](value, self.bound)
         return {"require": self.text, "value": value, "met": met}
 
-    def _find(self, result: Mapping[str, Any]) -> float | None:
-        for root in (result, result.get("metrics", {})):
-            exists, value = _look_up(root, self.key.split("."))
-            if isinstance(value, Mapping) and "value" in value:
-                value = value["value"]
-            if exists and (value is None or isinstance(value, (int, float))):
-                return None if value is None else float(value)
+    def problem(self, result: Mapping[str, Any]) -> UsageError | None:
+        """Returns the failure that says which numbers there are; `None` if the result has the one that is meant."""
+        if self._find(result)[0]:
+            return None
         known = sorted(_numbers(result))
-        raise UsageError(
+        return UsageError(
             f"--require '{self.text}': the result has no number '{self.key}'; it has {', '.join(known)}.",
             hint=next((f"did you mean '{key}'?" for key in known if key.endswith(f".{self.key}")), None)
             or did_you_mean(self.key, known),
         )
 
+    def _find(self, result: Mapping[str, Any]) -> tuple[bool, float | None]:
+        """Returns whether the result has the number, and the number, which may be unknown."""
+        for root in (result, result.get("metrics", {})):
+            exists, value = _look_up(root, self.key.split("."))
+            if isinstance(value, Mapping) and "value" in value:
+                value = value["value"]
+            if exists and (value is None or isinstance(value, (int, float))):
+                return True, None if value is None else float(value)
+        return False, None
+
 
 def parse_requirements(texts: Iterable[str] | None) -> list[Requirement]:
     """Reads every `--require`, before any work is done."""
     return [Requirement.parse(text) for text in texts or ()]
+
+
+def first_problem(requirements: Iterable[Requirement], result: Mapping[str, Any]) -> UsageError | None:
+    """Returns the first failure of requirements that name a number which the result does not have."""
+    problems = (requirement.problem(result) for requirement in requirements)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def unmet(outcomes: Iterable[Mapping[str, Any]]) -> RequirementError | None:

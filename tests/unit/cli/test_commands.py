@@ -351,6 +351,20 @@ def test_a_requirement_on_an_unknown_metric_is_a_usage_error(
     assert "hint: did you mean 'distance_to_full_precision.psnr_db'?" in capsys.readouterr().err
 
 
+def test_an_unknown_metric_does_not_lose_the_result(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
+    _chain("w4a8")
+    capsys.readouterr()
+    required = ["--require", "prompt_accuracy>=0.9", "--require", "speedup>=2"]
+    assert main(["evaluate", "--json", *required]) == 2
+    captured = capsys.readouterr()
+    outcomes = json.loads(captured.out)["requirements"]
+    assert outcomes[1] == {"require": "speedup>=2", "value": None, "met": False}
+    assert [outcome["met"] for outcome in outcomes] == [True, False]
+    assert "has no number 'speedup'" in captured.err
+    assert main(["run", "--model", "tiny", "--bits", "w8a8,w4a8", "--json", "--require", "speedup>=2"]) == 2
+    assert [outcome["bits"] for outcome in _json(capsys)["requirements"]] == ["w8a8", "w4a8"]
+
+
 def test_failures_inside_a_stage_keep_the_run_folder_whole(
     stages: FakeStages, capsys: pytest.CaptureFixture[str]
 ) -> None:
