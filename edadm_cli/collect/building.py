@@ -28,7 +28,7 @@ from edadm_cli.models.pipeline_calls.output_size import with_sizes
 from edadm_cli.models.pipeline_calls.prompts import require_prompts
 from edadm_cli.models.pipeline_calls.sampling import Samples, require_num_steps, sample
 from edadm_cli.models.pipeline_calls.seeds import image_seed
-from edadm_cli.models.placement import described, placement
+from edadm_cli.models.placement import described, not_readable_from_disk, placement
 from edadm_cli.models.sources.from_folder import first_sentence
 from edadm_cli.models.sources.full_precision import require_full_precision
 from edadm_cli.models.sources.locating import Location
@@ -109,11 +109,7 @@ def _load(config: CollectConfig, location: Location, device: torch.device) -> tu
         config.model, device, dtype, prediction_type=config.prediction_type, placement=where, location=location
     )
     if config.weights == "disk" and model.placement == "memory":
-        raise UsageError(
-            f"Weights are read from disk for models in diffusers' layout, and {model.ref.id} is a single file or names "
-            "its tensors as earlier versions of diffusers did.",
-            hint="--weights memory",
-        )
+        raise not_readable_from_disk(model.ref.id)
     is_remarkable = config.weights == "auto" and model.placement != "memory"
     return model, (described(where, sum(weights.values()), device),) if is_remarkable else ()
 

@@ -10,7 +10,8 @@ its two neighbours. Keeping c wherever W' is in the same step as W would lose th
 smaller than a step of four bits, and it acts through the share of weights that it moves to another code.
 
 An output channel with weights that are now more than one step outside the grid gets a larger scale, by the factor
-max |W'| / max |W|, and its weights are rounded to nearest.
+max |W'| / max |W|, and its weights are rounded to nearest. If all weights W of the channel are zero to within one step,
+the larger scale is the one with which the grid ends at max |W'|.
 """
 
 from __future__ import annotations
@@ -94,6 +95,9 @@ class Fused:
 def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
     """Adds adapters to the weights of a full-precision pipeline, in place.
 
+    Returns:
+        The layers and components that changed. Its `changed_codes` is 0 until `refit` sets it.
+
     Raises:
         InputError: A file is not a LoRA, or it belongs to another model.
         UsageError: The pipeline takes no LoRA, or PEFT is not installed.
@@ -106,8 +110,8 @@ def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
     for number, file in enumerate(files):
         adapter = f"adapter{number}"
         load_lora_file(pipeline, file.path, adapter)
-        adapted = {name: _adapted_layers(part) for name, part in pipeline.components.items() if _is_module(part)}
-        adapted = {name: layers for name, layers in adapted.items() if layers}
+        networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        adapted = {name: layers for name, part in networks.items() if (layers := _adapted_layers(part))}
         for layer, base in adapted.get(model.denoiser_name, {}).items():
             fused.before.setdefault(layer, base.get_parameter("weight").detach().clone())
         fused.components |= adapted.keys() - {model.denoiser_name}
@@ -154,8 +158,8 @@ def moved_codes(
     Args:
         codes: The integers of `old`, int8, learned or rounded to nearest.
         old: The weight before fusing, `[C_out, ...]`.
-        new: The weight after fusing.
-        scale: The scale of each output channel.
+        new: The weight after fusing, in the shape of `old`.
+        scale: The scale of each output channel, `[C_out]`.
         layer: The bits of the layer.
         multipliers: The multiplier of each group, `[C_out, num_groups]`, where there are groups.
     """
@@ -171,7 +175,8 @@ def moved_codes(
     before, after = (x.flatten(1).abs().amax(dim=1) for x in (old, new))
     excess = (after - torch.maximum(before, -grid.quant_min * scale)) / scale
     widens = excess > 1
-    scale = torch.where(widens, scale * after / before.clamp_min(torch.finfo(before.dtype).tiny), scale)
+    wider = torch.where(before > scale, scale * after / before, after / grid.quant_max)
+    scale = torch.where(widens, wider, scale)
     position = new / scale.reshape(-1, *[1] * (new.ndim - 1))
     nearest = nearest_codes(new, scale, layer)
     kept = nearest.int() + codes.int() - nearest_codes(old, scale, layer).int()
@@ -181,6 +186,7 @@ def moved_codes(
 
 
 def _adapted_layers(component: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers that an adapter wraps, by name."""
     layers: dict[str, nn.Module] = {}
     for name, module in component.named_modules():
         base = getattr(module, "base_layer", None)
@@ -195,7 +201,3 @@ def _weight(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
-
-
-def _is_module(component: object) -> bool:
-    return isinstance(component, nn.Module)

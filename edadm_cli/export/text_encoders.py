@@ -10,7 +10,7 @@ safetensors, and `DiffusionPipeline.from_pretrained` loads it if torchao is inst
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from edadm_cli.artifacts import TextEncoder
 from edadm_cli.artifacts.files import atomic_path
 from edadm_cli.errors import MachineError, UsageError
 from edadm_cli.export.sizes import exact_narrow, stored_bytes
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.families import Call
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.quiet import quiet_libraries
@@ -59,21 +60,16 @@ def recorded_calls(model: LoadedModel) -> Iterator[dict[str, Call]]:
     """Returns a context that records the last call of each text encoder, by the encoder's name."""
     calls: dict[str, Call] = {}
 
-    def recorder(name: str) -> Any:
+    def recorder(name: str) -> Callable[..., None]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls[name] = (args, kwargs)
 
         return record
 
-    handles = [
-        encoder.register_forward_pre_hook(recorder(name), with_kwargs=True)
-        for name, encoder in text_encoders(model).items()
-    ]
-    try:
+    with Hooks() as hooks:
+        for name, encoder in text_encoders(model).items():
+            hooks.before(encoder, recorder(name), with_kwargs=True)
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def quantize_text_encoders(model: LoadedModel, calls: Mapping[str, Call]) -> dict[str, TextEncoder]:

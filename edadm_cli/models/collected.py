@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from edadm_cli.artifacts import Artifact, ModelRef, Payload, RunFolder
 from edadm_cli.artifacts.payloads import NumSteps, Scale
 from edadm_cli.artifacts.tensors import TensorInfo
-from edadm_cli.errors import InputError, UsageError, quoted
+from edadm_cli.errors import InputError, quoted
 from edadm_cli.models.architecture import FurtherDenoiser
-from edadm_cli.models.placement import LEARNING_SHARE, Placement, described, memory_of
+from edadm_cli.models.placement import LEARNING_SHARE, Placement, described, memory_of, not_readable_from_disk
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.stage_config import DTypeName, Weights
 
@@ -65,7 +65,13 @@ class Sampling(Payload):
 
 @dataclass(frozen=True)
 class CollectedRun:
-    """A run folder with its `collect` artifact, opened and checked once."""
+    """A run folder with its `collect` artifact, opened and checked once.
+
+    Attributes:
+        run: The run folder.
+        artifact: The `collect` artifact.
+        sampling: How its trajectories were sampled.
+    """
 
     run: RunFolder
     artifact: Artifact
@@ -171,7 +177,7 @@ class CollectedRun:
 
         Raises:
             InputError: The model is gone, or its files are not those that were collected from.
-            UsageError: They are to stay on disk, and the model is no folder.
+            UsageError: The weights are to stay on disk, and the model's files do not allow that.
         """
         import torch
 
@@ -181,11 +187,7 @@ class CollectedRun:
         entry = self.entry.model_copy(update={"revision": self.model.revision})
         stored = None if weights == "memory" else open_stored(self.model.id, entry, place)
         if stored is None and weights == "disk":
-            raise UsageError(
-                f"Weights are read from disk for models in diffusers' layout, and {self.model.id} is a single file or "
-                "names its tensors as earlier versions of diffusers did.",
-                hint="--weights memory",
-            )
+            raise not_readable_from_disk(self.model.id)
         needed = 0 if stored is None else torch.float32.itemsize * stored.num_parameters
         if stored is None or (weights == "auto" and needed <= LEARNING_SHARE * memory_of(device)):
             return self.load(device, torch.float32).by_denoiser()[place].denoiser

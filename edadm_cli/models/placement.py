@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from edadm_cli.errors import UsageError
 from edadm_cli.stage_config import Weights
 
 if TYPE_CHECKING:
@@ -86,6 +87,15 @@ def described(chosen: Placement, needed: int, device: torch.device) -> str:
     return (
         f"The weights {where}, because they take {needed / _GIB:.1f} GiB and {device} has "
         f"{memory_of(device) / _GIB:.1f} GiB; --weights memory and --weights disk decide otherwise."
+    )
+
+
+def not_readable_from_disk(model: str) -> UsageError:
+    """Returns the error for a model whose weights are to be read from disk, and whose files do not allow that."""
+    return UsageError(
+        f"Weights are read from disk for models in diffusers' layout, and {model} is a single file or names its tensors"
+        " as earlier versions of diffusers did.",
+        hint="--weights memory",
     )
 
 

@@ -20,6 +20,7 @@ from edadm_cli.errors import InputError, UsageError
 from edadm_cli.export.fusing import LoraFile, moved_codes
 from edadm_cli.quant.groups import codes_of, per_weight, search_groups
 from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.quant.search import weight_scales
 from edadm_cli.recipe import RangeRecipe, load_recipe
 
 pytest.importorskip("peft")
@@ -69,6 +70,16 @@ def test_codes_keep_their_learned_direction_where_it_is_still_a_neighbour() -> N
     assert same == scale
     _, wider = moved_codes(codes, old, 3 * old, scale, layer)
     assert wider == 3 * scale
+
+
+def test_a_channel_of_zeros_gets_a_scale_that_covers_its_fused_weights() -> None:
+    layer = LayerPlan(weight_bits=4, activation_bits=8)
+    old = torch.tensor([[1.0, -0.5, 0.2], [0.0, 0.0, 0.0]])
+    new = old + torch.tensor([[0.0, 0.1, 0.0], [0.03, -0.07, 0.01]])
+    scale = weight_scales(old, layer.weight_grid, RangeRecipe())
+    codes, fused_scale = moved_codes(nearest_codes(old, scale, layer), old, new, scale, layer)
+    assert ((codes * fused_scale[:, None] - new)[1].abs() <= 0.51 * fused_scale[1]).all()
+    assert fused_scale[1] == pytest.approx(0.01)
 
 
 def test_codes_in_groups_move_by_steps_of_their_groups() -> None:
