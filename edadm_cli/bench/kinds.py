@@ -29,7 +29,7 @@ def rows_by_kind(
 
     Args:
         times: The profile of one call.
-        work: The products of the call.
+        work: The products of the call, without what the engine leaves out; see `Engine.computed_call`.
         peak_tops: Maps a precision to the highest rate that was measured, in 10^12 operations per second.
     """
     groups: dict[tuple[str, str], _Group] = {}

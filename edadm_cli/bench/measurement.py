@@ -147,7 +147,7 @@ class Measurement:
         with self._parts.measured("save the denoiser"):
             for batch in config.batch_sizes:
                 self._calls[batch] = request.subject.calls(denoiser, batch, config.size, config.seed)
-            self._work = _work_of(denoiser, self._calls[self._first][0])
+            self._work = _work_of(denoiser, request.engine.computed_call(denoiser, *self._calls[self._first][0]))
             denoiser.save_pretrained(folder)  # type: ignore[operator]
             facts = DenoiserFacts.of(denoiser)
             del denoiser

@@ -208,6 +208,21 @@ class Engine(ABC):
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
         """Compiles one quantized layer for this engine, for inputs with the shape of `x`."""
 
+    def computed_call(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the call that the engine computes in place of the given one, which has the same prediction.
+
+        The two differ if the engine leaves out something that does not matter, such as tokens that a mask hides. The
+        rates of `bench` count the multiply-accumulates of the call that is returned.
+
+        Args:
+            denoiser: The denoiser at full precision or quantized; only its class matters.
+            args: The positional arguments of a call.
+            kwargs: The keyword arguments of the call.
+        """
+        return args, kwargs
+
     def require(self, device: torch.device) -> None:
         """Checks that the engine can run on a device of this machine.
 

@@ -16,6 +16,7 @@ from edadm_cli.engines.graph.description import planned_layers
 from edadm_cli.engines.openvino import files, nodes, saturation
 from edadm_cli.engines.openvino.convert import convert
 from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser, plugin_properties, shapes_of
+from edadm_cli.engines.openvino.hidden_tokens import shortened_prompts
 from edadm_cli.engines.openvino.int4 import widen
 from edadm_cli.errors import MachineError
 from edadm_cli.quant.layers import QuantizedLayer
@@ -61,6 +62,12 @@ class OpenVinoEngine(FileEngine):
         compiled = OpenVinoDenoiser(graph, interface, planned_layers(denoiser), options, shapes)
         compiled.keep_source(denoiser)
         return compiled
+
+    def computed_call(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the call without hidden tokens; see `Engine.computed_call`."""
+        return args, kwargs | shortened_prompts(type(denoiser).__name__, kwargs)
 
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
         """Compiles a graph of one layer."""

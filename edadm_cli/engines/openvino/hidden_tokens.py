@@ -8,6 +8,7 @@ prediction is the same without it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -26,13 +27,23 @@ def without_hidden_tokens(interface: GraphInterface, tensors: Mapping[str, Tenso
         tensors: The inputs of a call, by name.
     """
     inputs = dict(tensors)
-    if interface.is_specific:
-        return inputs
-    for mask, states in family_named(interface.denoiser).hiding_masks.items():
-        if mask in inputs and states in inputs:
-            tokens = _tokens(inputs[mask], inputs[states])
-            inputs |= {name: inputs[name][:, :tokens] for name in (mask, states)}
-    return inputs
+    return inputs if interface.is_specific else inputs | shortened_prompts(interface.denoiser, inputs)
+
+
+def shortened_prompts(denoiser: str, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the masks of a call and the prompts that they belong to, without hidden tokens at the end.
+
+    Args:
+        denoiser: The name of the denoiser's class, whose family says which masks hide tokens.
+        arguments: The arguments of the call, by name. Other arguments than those masks and prompts are ignored.
+    """
+    shortened: dict[str, Tensor] = {}
+    for mask_name, prompt_name in family_named(denoiser).hiding_masks.items():
+        mask, prompt = arguments.get(mask_name), arguments.get(prompt_name)
+        if isinstance(mask, Tensor) and isinstance(prompt, Tensor):
+            tokens = _tokens(mask, prompt)
+            shortened |= {mask_name: mask[:, :tokens], prompt_name: prompt[:, :tokens]}
+    return shortened
 
 
 def _tokens(mask: Tensor, states: Tensor) -> int:

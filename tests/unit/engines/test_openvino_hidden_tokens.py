@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from edadm_cli.engines.base import EngineOptions
+from edadm_cli.bench.workload import workload
+from edadm_cli.engines.base import Engine, EngineOptions
 from edadm_cli.engines.graph.interface import GraphInterface
 from edadm_cli.engines.openvino import OpenVinoEngine
 from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser
 from edadm_cli.engines.openvino.hidden_tokens import without_hidden_tokens
 from edadm_cli.engines.parity import relative_l2
-from edadm_cli.engines.reference import use_arithmetic
-from tests.denoisers.families import quantized_denoiser
+from edadm_cli.engines.reference import ReferenceEngine, use_arithmetic
+from tests.denoisers.families import quantized_denoiser, tiny_denoiser
 
 MASK, STATES = "encoder_attention_mask", "encoder_hidden_states"
 PIXART = GraphInterface(denoiser="PixArtTransformer2DModel", parameters=(), arguments={}, inputs=())
@@ -44,6 +45,18 @@ def test_only_plain_masks_of_known_denoisers_hide_tokens() -> None:
     assert remaining(mask[:, None]) == 1  # a bias `[rows, 1, tokens]`
     assert remaining(mask, PIXART.model_copy(update={"has_read_sizes": True})) == 300
     assert remaining(mask, PIXART.model_copy(update={"denoiser": "HunyuanDiT2DModel"})) == 300
+
+
+def test_the_work_of_attention_is_counted_without_hidden_tokens() -> None:
+    denoiser, (args, kwargs) = tiny_denoiser("pixart", rows=2)
+    hidden = kwargs | {MASK: mask_of(20, 3), STATES: torch.zeros(2, 300, kwargs[STATES].shape[-1])}
+
+    def keys(engine: Engine) -> set[int]:
+        items = workload(denoiser, *engine.computed_call(denoiser, args, hidden))
+        return {item.n for item in items if item.kind == "cross_attention"}
+
+    assert keys(OpenVinoEngine()) == {64}
+    assert keys(ReferenceEngine()) == {300}
 
 
 @torch.no_grad()
