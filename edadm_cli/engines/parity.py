@@ -82,7 +82,7 @@ def compare_layers(
         MachineError: The engine returned something else than a tensor with the shape of a layer's output.
     """
     layers = quantized_layers(denoiser)
-    every = len(layers) <= all_layers_up_to
+    checks_all = len(layers) <= all_layers_up_to
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
     seen: set[tuple[object, ...]] = set()
@@ -95,7 +95,7 @@ def compare_layers(
                 refused[name] = reason
                 return
             key = signature(layer, tuple(inputs[0].shape))
-            if every or key not in seen:
+            if checks_all or key not in seen:
                 seen.add(key)
                 run = engine.compile_layer(layer, inputs[0], options)
                 errors[name] = relative_l2(require_like(engine, f"the layer '{name}'", run(inputs[0]), exact), exact)

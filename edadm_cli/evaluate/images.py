@@ -148,7 +148,7 @@ def _is_complete(path: Path, count: int) -> bool:
         header = read_tensor_header(path)
     except InputError:
         return False
-    return header.keys() == {"images", "latents"} and all(info.shape[0] == count for info in header.values())
+    return header.keys() == {"images", "latents"} and all(info.shape[:1] == (count,) for info in header.values())
 
 
 def sample_batch(model: LoadedModel, plan: SamplingPlan, places: slice) -> Samples:

@@ -72,18 +72,18 @@ class GraphInterface(BaseModel):
         return self.rows is not None or bool(self.fixed) or self.has_read_sizes
 
     def specific(
-        self, tensors: Mapping[str, Tensor], rows: bool, values: Iterable[str], has_read_sizes: bool
+        self, tensors: Mapping[str, Tensor], has_fixed_rows: bool, values: Iterable[str], has_read_sizes: bool
     ) -> GraphInterface:
         """Returns the interface of a graph that fits only some calls.
 
         Args:
             tensors: The inputs of the example call.
-            rows: Whether calls must have as many rows as the example.
+            has_fixed_rows: Whether calls must have as many rows as the example.
             values: The names of the inputs that must have the same values as in the example.
             has_read_sizes: Whether the denoiser read a size in Python.
         """
         fixed = {name: _digest(tensors[name]) for name in sorted(values)}
-        number = tensors[SAMPLE].shape[0] if rows else None
+        number = tensors[SAMPLE].shape[0] if has_fixed_rows else None
         return self.model_copy(update={"rows": number, "fixed": fixed, "has_read_sizes": has_read_sizes})
 
     @classmethod

@@ -115,8 +115,8 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         raise EdadmError(
             f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}", hint=IN_TORCH
         ) from error
-    is_by_row = not _takes_another_row(model, tensors)
-    return model, wrapper.traced_interface().specific(tensors, is_by_row, reads.names, reads.sizes)
+    has_fixed_rows = not _takes_another_row(model, tensors)
+    return model, wrapper.traced_interface().specific(tensors, has_fixed_rows, reads.names, reads.sizes)
 
 
 def _require_steady_values(denoiser: str, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
