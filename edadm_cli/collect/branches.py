@@ -15,14 +15,20 @@ from torch.nn import functional as F
 
 from edadm_cli.models.denoiser_calls.calls import DenoiserCall
 
+FORM = "the form of the call"
+"""Stands for everything but the tensors of a call in what `difference` and `differences` return."""
+
+SplitRows = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Returns the rows of a tensor that belong to the branch without the prompt, and those of the branch with it."""
+
 
 @dataclass(frozen=True)
 class Conditions:
     """The tensors of a step other than its sample, by dotted name.
 
     Attributes:
-        conditional: Condition of the branch with the prompt, one row per trajectory.
-        unconditional: Condition of the other branch; empty without guidance.
+        conditional: The tensors of the branch with the prompt, with one row per trajectory.
+        unconditional: The tensors of the branch without the prompt; empty without guidance.
         constants: Tensors that all rows share.
     """
 
@@ -37,31 +43,31 @@ def are_branches(one: DenoiserCall, other: DenoiserCall) -> bool:
     return same_input and difference(one, other) is not None
 
 
-FORM = "the form of the call"
-
-
 def difference(call: DenoiserCall, other: DenoiserCall) -> str | None:
-    """Returns the name of the first tensor, besides sample and timestep, that differs in two calls; else `None`."""
+    """Returns the first of the `differences` of two calls; `None` if there is none."""
     return next(iter(differences(call, other)), None)
 
 
 def differences(call: DenoiserCall, other: DenoiserCall) -> list[str]:
-    """Returns the names of the tensors, besides sample and timestep, that differ in two calls; `FORM` for the rest."""
+    """Returns the names of the tensors that differ in two calls, apart from sample and timestep.
+
+    `FORM` is among them if the calls differ in anything else, such as a flag or the shape of the sample.
+    """
     changed = [name for name, tensor in call.tensors.items() if not equal(tensor, other.tensors.get(name))]
     if call.template != other.template or call.sample.shape != other.sample.shape:
         changed.append(FORM)
     return changed
 
 
-def of_rows(call: DenoiserCall, branches: int, order: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Conditions:
+def of_rows(call: DenoiserCall, branches: int, split: SplitRows) -> Conditions:
     """Returns the conditions of one call that holds all branches.
 
     Args:
         call: The call.
         branches: 2 with guidance, else 1.
-        order: Splits rows into those without the prompt and those with it.
+        split: Splits the rows of the call by branch.
     """
-    pairs = {name: order(tensor) for name, tensor in call.condition.items()}
+    pairs = {name: split(tensor) for name, tensor in call.condition.items()}
     conditional = {name: storable(pair[1]) for name, pair in pairs.items()}
     unconditional = {name: storable(pair[0]) for name, pair in pairs.items()} if branches == 2 else {}
     return Conditions(conditional, unconditional, {name: storable(t) for name, t in call.constants.items()})

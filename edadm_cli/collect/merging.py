@@ -22,14 +22,12 @@ from torch import Tensor
 
 from edadm_cli.artifacts import TensorInfo, load_tensors, read_tensor_header
 from edadm_cli.errors import InputError
-from edadm_cli.models.collected import CONDITION, CONSTANT, UNCONDITIONAL
+from edadm_cli.models.collected import CONDITION, CONSTANT, FEATURES, TIMESTEPS, UNCONDITIONAL
 from edadm_cli.models.denoiser_calls.calibration import CallForm
 
-FEATURES = "features"
-TIMESTEPS = "timesteps"
-_MASK = "mask"
-_SUFFIX = "_mask"
-_LENGTHS = ("_lens", "_lengths")
+_MASK = "mask"  # in the names of conditions that may say which states are padding
+_MASK_ENDING = "_mask"  # the mask of `states` is called `states_mask`
+_LENGTH_ENDINGS = ("_lens", "_lengths")  # of conditions that may hold the number of tokens per row
 _SIZE_HINT = "another --batch-size: one that divides --num-trajectories, or that takes all at once"
 
 
@@ -37,11 +35,11 @@ _SIZE_HINT = "another --batch-size: one that divides --num-trajectories, or that
 class Batch:
     """The recording of one batch: the form of its calls, and a file with its tensors.
 
-    Args:
+    Attributes:
         form: The form of the denoiser's calls.
         path: The file of the tensors.
         tensors: The types and shapes of the tensors by name.
-        index: Number of the batch, for messages.
+        index: The number of the batch, for messages.
     """
 
     form: CallForm
@@ -65,7 +63,7 @@ class Batch:
 class Branch:
     """The conditions of a batch in one branch of guidance.
 
-    Args:
+    Attributes:
         batch: The batch.
         prefix: The beginning of the names of the conditions in the file.
     """
@@ -91,10 +89,10 @@ class Branch:
 class Merged:
     """The form and shapes of all batches together.
 
-    Args:
+    Attributes:
         form: The form of the denoiser's calls.
-        conditions: Type and shape of one row of each condition, the same in both branches of guidance.
-        features: Type and shape of the features of one step and row.
+        conditions: The type and shape of one row of each condition, the same in both branches of guidance.
+        features: The type and shape of the features of one step and row.
         masks: Maps a mask that may be missing from a batch to the condition whose length it has.
     """
 
@@ -135,6 +133,7 @@ def _common_form(batches: Sequence[Batch], branches: Sequence[Branch]) -> CallFo
 
 
 def _is_like(form: CallForm, fullest: CallForm) -> bool:
+    """Returns whether a form is the fullest one, except that some of its masks may be null."""
     ours, theirs = form.template, fullest.template
     return (
         (form.branches, form.dtype, ours.args, ours.constants, form.control, form.varying)
@@ -146,7 +145,7 @@ def _is_like(form: CallForm, fullest: CallForm) -> bool:
 
 
 def _is_null_mask(name: str, value: Any) -> bool:
-    return value is None and name.endswith(_SUFFIX)
+    return value is None and name.endswith(_MASK_ENDING)
 
 
 def _with_masks(form: CallForm, branches: Sequence[Branch]) -> CallForm:
@@ -154,7 +153,7 @@ def _with_masks(form: CallForm, branches: Sequence[Branch]) -> CallForm:
     template = form.template
     kwargs, dtypes = dict(template.kwargs), dict(template.dtypes)
     for name, value in template.kwargs.items():
-        states = name.removesuffix(_SUFFIX)
+        states = name.removesuffix(_MASK_ENDING)
         if _is_null_mask(name, value) and len({branch.length(states) for branch in branches}) > 1:
             kwargs[name], dtypes[name] = {"$tensor": name}, "int64"
     changed = template.model_copy(update={"kwargs": kwargs, "dtypes": dict(sorted(dtypes.items()))})
@@ -162,11 +161,16 @@ def _with_masks(form: CallForm, branches: Sequence[Branch]) -> CallForm:
 
 
 def _missing_masks(branches: Sequence[Branch], form: CallForm) -> dict[str, str]:
+    """Returns the masks that some batches lack, each with the condition whose length it has.
+
+    Raises:
+        InputError: A condition that some batches lack is not a mask of another one.
+    """
     masks = {}
     for name in form.conditions:
         if all(branch.info(name) for branch in branches):
             continue
-        states = name.removesuffix(_SUFFIX)
+        states = name.removesuffix(_MASK_ENDING)
         if states == name or any(branch.length(states) is None for branch in branches):
             raise InputError(
                 f"The denoiser is given '{name}' in some batches of trajectories only, so that they cannot be put into"
@@ -222,7 +226,7 @@ def _has_mask(name: str, branches: Sequence[Branch], masks: Mapping[str, str]) -
         return True
     passed = {key.removeprefix(branch.prefix) for branch in branches for key in branch.batch.tensors}
     candidates = sorted(key for key in passed | masks.keys() if _MASK in key)
-    counts = sorted(key for key in passed if key.endswith(_LENGTHS))
+    counts = sorted(key for key in passed if key.endswith(_LENGTH_ENDINGS))
     return any(all(_is_mask_of(mask, name, branch, masks) for branch in branches) for mask in candidates) or any(
         _are_lengths_of(count, name, branches) for count in counts
     )

@@ -15,7 +15,7 @@ from edadm_cli.collect.control import CONTROL, ControlRecorder
 from edadm_cli.collect.features import record_features
 from edadm_cli.collect.varying import Varying
 from edadm_cli.errors import InputError
-from edadm_cli.models.collected import CONDITION, CONSTANT, UNCONDITIONAL
+from edadm_cli.models.collected import CONDITION, CONSTANT, FEATURES, TIMESTEPS, UNCONDITIONAL
 from edadm_cli.models.denoiser_calls.call_templates import Template
 from edadm_cli.models.denoiser_calls.calls import DenoiserCall, record_calls
 from edadm_cli.models.families import family_of, prepare_calls
@@ -31,18 +31,18 @@ class BatchRecorder:
 
     Args:
         model: The pipeline that samples.
-        num_trajectories: n, trajectories of the batch.
-        num_features: Number of trajectories, from the first on, whose mid-block features are stored.
+        num_trajectories: n, the number of trajectories in the batch.
+        num_features: The number of trajectories, from the first on, whose mid-block features are stored.
 
     Attributes:
         latents: The denoiser's input at each step, each with shape `(n, *)`, in the denoiser's element type.
-        timesteps: The timestep at each step.
-        condition: Condition, one row per trajectory.
-        unconditional: The condition of the branch without the prompt; empty without guidance.
+        timesteps: The timestep at each step, each a scalar.
+        condition: The tensors of the branch with the prompt by dotted name, with one row per trajectory.
+        unconditional: The tensors of the branch without the prompt; empty without guidance.
         constants: Tensors that all rows share.
         template: The form of the denoiser's calls.
         branches: 2 with guidance, else 1.
-        control: The arguments of a control network beside the denoiser; `None` without one.
+        control: The calls of a control network beside the denoiser; `None` without one.
         calls_per_step: 2 if each branch is a call of its own, else 1.
         varying: The conditions whose values change from step to step.
         warnings: Warnings about the guidance, for the user.
@@ -71,7 +71,7 @@ class BatchRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Records the calls of the denoiser while entered."""
+        """Returns a context that records the calls of the denoiser."""
         denoiser = self.model.denoiser
         prepare_calls(denoiser)
         network = getattr(self.model.pipeline, CONTROL, None)
@@ -123,13 +123,13 @@ class BatchRecorder:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns everything but the latents, by its name on disk."""
-        conditional, unconditional = self.varying.conditions(self.branches, self._order)
+        conditional, unconditional = self.varying.conditions(self.branches, self._split)
         named = {CONDITION + name: tensor for name, tensor in (self.condition | conditional).items()}
         named.update({UNCONDITIONAL + name: tensor for name, tensor in (self.unconditional | unconditional).items()})
         named.update({CONSTANT + name: tensor for name, tensor in self.constants.items()})
-        named["timesteps"] = torch.stack(self.timesteps)
+        named[TIMESTEPS] = torch.stack(self.timesteps)
         if self.features:
-            named["features"] = torch.stack(self.features)
+            named[FEATURES] = torch.stack(self.features)
         return named
 
     def _on_call(self, call: DenoiserCall) -> None:
@@ -184,7 +184,7 @@ class BatchRecorder:
             )
         self._first, self.template = call.copied(), call.template
         self._row_groups = rows // self.num_trajectories
-        unconditional, conditional = self._order(call.sample)
+        unconditional, conditional = self._split(call.sample)
         if self._row_groups == 2 and torch.equal(unconditional, conditional):
             self.branches = 2
         elif self._row_groups > 1:
@@ -192,9 +192,9 @@ class BatchRecorder:
                 f"{self.model.ref.id} guides with {self._row_groups} rows per image that have different samples; only "
                 "those with the prompt or the image calibrate."
             )
-        self._store(of_rows(call, self.branches, self._order))
+        self._store(of_rows(call, self.branches, self._split))
         if self.control is not None and self.control.first is not None:
-            control = of_rows(self.control.first, self.branches, self._order)
+            control = of_rows(self.control.first, self.branches, self._split)
             self.condition |= _of_control(control.conditional)
             self.unconditional |= _of_control(control.unconditional)
             self.constants |= _of_control(control.constants)
@@ -221,15 +221,18 @@ class BatchRecorder:
     def _keep_second(self, first: DenoiserCall, call: DenoiserCall) -> None:
         self._second, self.calls_per_step = call.copied(), 2
         conditions = of_calls(first, call, family_of(self.model.denoiser).masks)
-        conditions = conditions if self.control is None else "the control"
-        if isinstance(conditions, str):
-            self.warnings.append(
-                f"{self.model.ref.id} guides by a second call per step, in which {conditions} has another size or "
-                "value; only the calls with the prompt calibrate."
-            )
+        if self.control is not None:
+            problem = "for which its control network is called again"
+        elif isinstance(conditions, str):
+            problem = f"in which {conditions} has another size or value"
+        else:
+            self.branches = 2
+            self._store(conditions)
             return
-        self.branches = 2
-        self._store(conditions)
+        self.warnings.append(
+            f"{self.model.ref.id} guides by a second call per step, {problem}; only the calls with the prompt "
+            "calibrate."
+        )
 
     def _store(self, conditions: Conditions) -> None:
         self.condition, self.unconditional = conditions.conditional, conditions.unconditional
@@ -247,13 +250,13 @@ class BatchRecorder:
     def _on_feature(self, feature: Tensor) -> None:
         if self._is_further:
             return
-        rows = self.num_trajectories * self._row_groups
+        rows = self.rows
         if feature.shape[0] % rows:
             raise InputError(
                 f"The blocks of {type(self.model.denoiser).__name__} compute with tensors whose first dimension does "
                 f"not count the samples ({feature.shape[0]} for {rows} rows), so they cannot be calibrated by sample."
             )
-        unconditional, conditional = self._order(_by_rows(feature, rows))
+        unconditional, conditional = self._split(_by_rows(feature, rows))
         is_guided_by_rows = self.branches == 2 and self.calls_per_step == 1
         parts = [unconditional, conditional] if is_guided_by_rows else [conditional]
         self._features[-1].extend(part[: self.num_features].cpu() for part in parts)
@@ -264,7 +267,7 @@ class BatchRecorder:
         Raises:
             InputError: The branches shared their sample in the first step, but do not in this one.
         """
-        unconditional, conditional = self._order(sample)
+        unconditional, conditional = self._split(sample)
         if self.branches == 2 and not torch.equal(unconditional, conditional):
             raise InputError(
                 f"{self.model.ref.id}: the two guidance branches get different values of sample, "
@@ -273,7 +276,7 @@ class BatchRecorder:
             )
         return conditional
 
-    def _order(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the rows without the prompt and those with it; without guidance in rows both are all rows."""
         groups = tensor.chunk(self._row_groups)
         is_swapped = type(self.model.pipeline).__name__ in family_of(self.model.denoiser).conditional_first

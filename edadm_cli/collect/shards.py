@@ -14,25 +14,33 @@ import torch
 
 from edadm_cli.artifacts import TensorInfo, load_tensors, read_model, save_json, save_tensors
 from edadm_cli.artifacts.streaming import Streamed, joined, padded, stream_tensors, streamed, torch_type
-from edadm_cli.collect.merging import FEATURES, TIMESTEPS, Batch, Merged, merge
+from edadm_cli.collect.merging import Batch, Merged, merge
 from edadm_cli.collect.recorder import BatchRecorder
-from edadm_cli.models.collected import CONDITION, CONDITION_FILE, CONSTANT, FEATURES_FILE, UNCONDITIONAL
+from edadm_cli.models.collected import (
+    CONDITION,
+    CONDITION_FILE,
+    CONSTANT,
+    FEATURES,
+    FEATURES_FILE,
+    TIMESTEPS,
+    UNCONDITIONAL,
+)
 from edadm_cli.models.denoiser_calls.calibration import CallForm
 from edadm_cli.models.denoiser_calls.call_templates import per_row
 
 
 def latents_name(index: int) -> str:
-    """File of one batch's latents."""
+    """Returns the name of the file with the latents of one batch."""
     return f"latents-{index:05d}.safetensors"
 
 
 def part_name(index: int) -> str:
-    """Scratch file of everything else of one batch."""
+    """Returns the name of the scratch file with all other tensors of one batch."""
     return f"part-{index:05d}.safetensors"
 
 
 def call_name(index: int) -> str:
-    """Scratch file of how the denoiser is called in one batch."""
+    """Returns the name of the scratch file that says how the denoiser is called in one batch."""
     return f"call-{index:05d}.json"
 
 
@@ -47,7 +55,14 @@ def scratch_names(index: int) -> tuple[str, str]:
 
 
 def write_shard(folder: Path, index: int, recorder: BatchRecorder, dtype: str) -> None:
-    """Writes one batch."""
+    """Writes the recording of one batch; the file of the latents is the last one.
+
+    Args:
+        folder: The denoiser's folder in the artifact.
+        index: The number of the batch.
+        recorder: The recording.
+        dtype: The name of the element type that the denoiser computed in.
+    """
     template = per_row(recorder.template, recorder.rows)
     control = recorder.control_form()
     if control is not None:
@@ -104,7 +119,7 @@ def _batch(folder: Path, index: int) -> Batch:
 
 
 def _joined(batches: Sequence[Batch], prefix: str, name: str, merged: Merged) -> Streamed:
-    """Yields a condition of all batches, padded with zeros; a mask that a batch lacks is ones over its states."""
+    """Returns a condition of all batches, padded with zeros; a mask that a batch lacks is ones over its states."""
     info, paths = merged.conditions[name], [batch.path for batch in batches]
     if name not in merged.masks:
         return joined(paths, prefix + name, 0, info.shape)

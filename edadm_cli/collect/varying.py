@@ -7,16 +7,13 @@ trajectory's row holds the values of all steps, and `select` takes the value of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from edadm_cli.collect.branches import differences, equal, storable
+from edadm_cli.collect.branches import SplitRows, differences, equal, storable
 from edadm_cli.models.denoiser_calls.calls import DenoiserCall
-
-_Halves = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -66,19 +63,20 @@ class Varying:
         """Returns what differs in two calls besides the tensors that are known to change."""
         return [name for name in differences(call, other) if name not in self.values]
 
-    def conditions(self, branches: int, halves: _Halves) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def conditions(self, branches: int, split: SplitRows) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns the conditions with the prompt and without it, each with shape `(n, T, *)`.
 
         Args:
             branches: 2 with guidance, else 1.
-            halves: Splits the rows of a call into those without the prompt and those with it.
+            split: Splits the rows of a call by branch.
         """
-        conditional = {name: _by_trajectory(values, halves, 1) for name, values in self.values.items()}
+        conditional = {name: _by_trajectory(values, split, 1) for name, values in self.values.items()}
         if branches == 1:
             return conditional, {}
         without = self.of_second or self.values
-        return conditional, {name: _by_trajectory(values, halves, 0) for name, values in without.items()}
+        return conditional, {name: _by_trajectory(values, split, 0) for name, values in without.items()}
 
 
-def _by_trajectory(values: list[Tensor], halves: _Halves, half: int) -> Tensor:
-    return torch.stack([halves(value)[half] for value in values], dim=1).clone()
+def _by_trajectory(values: list[Tensor], split: SplitRows, branch: int) -> Tensor:
+    """Returns the values of all steps in one branch, 0 without the prompt or 1 with it, with shape `(n, T, *)`."""
+    return torch.stack([split(value)[branch] for value in values], dim=1).clone()

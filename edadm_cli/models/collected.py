@@ -23,15 +23,16 @@ from edadm_cli.stage_config import DTypeName, Weights
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from edadm_cli.models.loaded import LoadedModel
 
 CONDITION_FILE = "condition.safetensors"
-CONDITION = "condition."
-UNCONDITIONAL = "condition.unconditional."
-CONSTANT = "constant."
+CONDITION, UNCONDITIONAL, CONSTANT = "condition.", "condition.unconditional.", "constant."
+"""Starts of the names of tensors: of the branch with the prompt, of the other branch, and those that all rows share."""
 FEATURES_FILE = "features.safetensors"
+FEATURES, TIMESTEPS = "features", "timesteps"
+"""The tensors of `FEATURES_FILE`: the mid-block features `(T, B, C, *)` and the scheduler's values `(T,)`."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -206,15 +207,24 @@ class CollectedRun:
         )
 
 
+def timesteps_of(collected: Artifact) -> Tensor:
+    """Returns the scheduler's value at each step of one denoiser, with shape `(T,)`.
+
+    Args:
+        collected: The part of a `collect` artifact that belongs to the denoiser.
+    """
+    return collected.tensors(FEATURES_FILE, [TIMESTEPS])[TIMESTEPS]
+
+
 def _misfit(artifact: Artifact, num_trajectories: int) -> str | None:
     """Returns what is wrong with the shapes of a `collect` artifact's tensors; `None` where they fit each other."""
     files = {entry.path: entry.tensors or {} for entry in artifact.manifest.payload}
-    steps = files.get(FEATURES_FILE, {}).get("timesteps")
+    steps = files.get(FEATURES_FILE, {}).get(TIMESTEPS)
     if steps is None or len(steps.shape) != 1 or not steps.shape[0]:
         return f"{FEATURES_FILE} has no timesteps"
     latents = [tensors.get("latents") for name, tensors in sorted(files.items()) if name.startswith("latents-")]
     return (
-        _misfit_of_features(files[FEATURES_FILE].get("features"), steps)
+        _misfit_of_features(files[FEATURES_FILE].get(FEATURES), steps)
         or _misfit_of_latents(latents, steps.shape[0], num_trajectories)
         or _misfit_of_condition(files.get(CONDITION_FILE, {}), num_trajectories)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edadm_cli.models.collected import FEATURES_FILE, CollectedRun
+from edadm_cli.models.collected import CollectedRun, timesteps_of
 from edadm_cli.models.pipeline_calls.backward_sweep import step_gains
 from edadm_cli.models.pipeline_calls.recorded_sampling import NoGradientError
 from edadm_cli.progress import Reporter
@@ -34,10 +34,7 @@ def measured_step_gains(task: Task, place: str, reporter: Reporter) -> Tensor | 
 
 def _measured(task: Task, place: str, reporter: Reporter) -> list[float] | None:
     collected = CollectedRun.open(task.run)
-    num_steps = {
-        each: len(collected.artifact.within(each).tensors(FEATURES_FILE, ["timesteps"])["timesteps"])
-        for each in collected.places
-    }
+    num_steps = {each: len(timesteps_of(collected.artifact.within(each))) for each in collected.places}
     model = collected.load(task.device, torch.float32)
     count = min(_IMAGES, task.batch_size, collected.num_trajectories)
     try:

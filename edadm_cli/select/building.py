@@ -12,7 +12,7 @@ from torch import Tensor
 from edadm_cli.artifacts import Artifact, Selection, read_tensor_header, save_tensors
 from edadm_cli.artifacts.streaming import slices
 from edadm_cli.errors import InputError, UsageError
-from edadm_cli.models.collected import FEATURES_FILE
+from edadm_cli.models.collected import FEATURES, FEATURES_FILE
 from edadm_cli.models.denoiser_calls.calibration import CALIBRATION_FILE, CallForm
 from edadm_cli.models.denoiser_calls.trajectories import assign_trajectories, gather_samples
 from edadm_cli.models.loading import resolve_device
@@ -61,8 +61,8 @@ def build(task: Task, folder: Path, reporter: Reporter) -> None:
 def feature_slices(collected: Artifact) -> tuple[tuple[int, ...], Iterator[Tensor]]:
     """Returns the shape of the mid-block features, and an iterator that reads their rows in portions."""
     path = collected.file(FEATURES_FILE)
-    shape = read_tensor_header(path)["features"].shape
-    return shape, slices(path, "features", 1, rows_at_once(shape))
+    shape = read_tensor_header(path)[FEATURES].shape
+    return shape, slices(path, FEATURES, 1, rows_at_once(shape))
 
 
 def _counted(portions: Iterator[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:

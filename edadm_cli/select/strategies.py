@@ -103,10 +103,9 @@ class Uniform(SelectionStrategy):
 
     def counts(self, steps: ScoredSteps, num_samples: int, generator: torch.Generator) -> Tensor:
         """Returns equal counts."""
-        import torch
+        from edadm_cli.models.denoiser_calls.trajectories import equal_counts
 
-        edges = torch.arange(len(steps) + 1) * num_samples // len(steps)
-        return edges.diff()
+        return equal_counts(num_samples, len(steps))
 
 
 class Normal(SelectionStrategy):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from edadm_cli.artifacts import Artifact, BuildSpec, read_tensor_header
 from edadm_cli.config import EARLIER_DENSITY_QUANTILE, LOCAL_DENSITY_QUANTILE, SelectConfig
 from edadm_cli.errors import UsageError
-from edadm_cli.models.collected import FEATURES_FILE, CollectedRun
+from edadm_cli.models.collected import FEATURES_FILE, TIMESTEPS, CollectedRun, timesteps_of
 from edadm_cli.select.strategies import SelectionStrategy, strategy_named
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class Task:
         num_steps: T, the number of sampler steps.
         num_trajectories: The number of trajectories.
         num_samples: N, the number of samples.
-        variety_weight: lambda.
-        radius: r; `None` if a quantile of the distances decides it.
+        variety_weight: lambda, the weight of the variety.
+        radius: r, the distance within which two steps count as similar; `None` if a quantile of the distances decides.
     """
 
     config: SelectConfig
@@ -45,16 +45,16 @@ class Task:
     @cached_property
     def timesteps(self) -> Tensor:
         """The scheduler's value at each step, with shape `(T,)`."""
-        return self.artifact.tensors(FEATURES_FILE, ["timesteps"])["timesteps"]
+        return timesteps_of(self.artifact)
 
     @property
     def quantile(self) -> float:
-        """Share of the pairs of steps within the radius, if no radius is given."""
+        """The share of the pairs of steps that lie within the radius, if no radius is given."""
         return LOCAL_DENSITY_QUANTILE if self.config.density_quantile is None else self.config.density_quantile
 
     @property
     def radius_source(self) -> str | None:
-        """Description of the source of r for people; `None` for strategies without a radius."""
+        """Where r comes from, in words for the report; `None` for strategies without a radius."""
         if not self.strategy.uses_scores:
             return None
         if self.config.density_radius is not None:
@@ -95,7 +95,7 @@ def resolve_task(config: SelectConfig, collected: CollectedRun, place: str = "")
     strategy = strategy_named(config.strategy)
     part = collected.artifact.within(place)
     num_trajectories = collected.num_trajectories
-    num_steps = read_tensor_header(part.file(FEATURES_FILE))["timesteps"].shape[0]
+    num_steps = read_tensor_header(part.file(FEATURES_FILE))[TIMESTEPS].shape[0]
     num_samples = config.num_samples or num_trajectories * min(config.samples_per_trajectory, num_steps)
     if num_samples > num_trajectories * num_steps:
         raise UsageError(

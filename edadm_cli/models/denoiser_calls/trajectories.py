@@ -9,7 +9,7 @@ from torch import Tensor
 
 from edadm_cli.artifacts import Artifact
 from edadm_cli.errors import InputError
-from edadm_cli.models.collected import CONDITION, CONDITION_FILE, CONSTANT, FEATURES_FILE, UNCONDITIONAL
+from edadm_cli.models.collected import CONDITION, CONDITION_FILE, CONSTANT, UNCONDITIONAL, timesteps_of
 from edadm_cli.models.denoiser_calls.calibration import CalibrationSet, CallForm
 from edadm_cli.progress import Reporter
 
@@ -33,10 +33,9 @@ def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.
     return step_index[order], trajectory_index[order]
 
 
-def equal_counts(num_samples: int, num_steps: int, num_trajectories: int) -> Tensor:
-    """Returns how many samples each step gives, `(T,)`, if all give about as many: at most all that there are."""
-    number = min(num_samples, num_steps * num_trajectories)
-    bounds = torch.arange(num_steps + 1) * number // num_steps
+def equal_counts(num_samples: int, num_steps: int) -> Tensor:
+    """Returns how many samples each step gives, `(T,)`, if all give equally many; a remainder is spread evenly."""
+    bounds = torch.arange(num_steps + 1) * num_samples // num_steps
     return bounds.diff()
 
 
@@ -56,7 +55,7 @@ def gather_samples(
         InputError: The trajectories are not finite, or do not fit their conditions.
     """
     conditions = collected.tensors(CONDITION_FILE)
-    timesteps = collected.tensors(FEATURES_FILE, ["timesteps"])["timesteps"]
+    timesteps = timesteps_of(collected)
     varying = {prefix + name for name in form.varying for prefix in (CONDITION, UNCONDITIONAL)} & conditions.keys()
     _require_values_per_step(collected, {name: conditions[name] for name in sorted(varying)}, len(timesteps))
     return {
@@ -88,8 +87,8 @@ def samples_of_all_steps(
     form = CallForm.load(collected)
     if form.control is not None:
         return None
-    num_steps = len(collected.tensors(FEATURES_FILE, ["timesteps"])["timesteps"])
-    counts = equal_counts(num_samples, num_steps, num_trajectories)
+    num_steps = len(timesteps_of(collected))
+    counts = equal_counts(min(num_samples, num_steps * num_trajectories), num_steps)
     chosen = assign_trajectories(counts, num_trajectories, generator)
     return CalibrationSet.of(gather_samples(collected, form, *chosen, reporter), form)
 
