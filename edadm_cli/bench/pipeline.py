@@ -17,7 +17,7 @@ from edadm_cli.engines.pipeline import put_on_engine
 from edadm_cli.errors import UsageError
 from edadm_cli.integrations.caching import enable_cache
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.pipeline_calls.call_arguments import takes_prompts
+from edadm_cli.models.pipeline_calls.parameters import takes_prompts
 from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.models.registry import ModelEntry
 

@@ -22,9 +22,9 @@ from edadm_cli.models.architecture import Architecture
 from edadm_cli.models.collected import Sampling, SchedulerFacts
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model, resolve_device
-from edadm_cli.models.pipeline_calls.call_arguments import takes_guidance, takes_prompts
 from edadm_cli.models.pipeline_calls.encoding import encode_first
 from edadm_cli.models.pipeline_calls.output_size import with_sizes
+from edadm_cli.models.pipeline_calls.parameters import takes_guidance, takes_prompts
 from edadm_cli.models.pipeline_calls.prompts import require_prompts
 from edadm_cli.models.pipeline_calls.sampling import Samples, require_num_steps, sample
 from edadm_cli.models.pipeline_calls.seeds import image_seed

@@ -22,7 +22,8 @@ from edadm_cli.models.architecture import (
 from edadm_cli.models.checkpoints.opening import open_checkpoint
 from edadm_cli.models.families.registry import float32_pipelines
 from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.pipeline_calls.call_arguments import call_default, default_guidance, takes_guidance
+from edadm_cli.models.pipeline_calls.call_arguments import default_guidance
+from edadm_cli.models.pipeline_calls.parameters import call_default, takes_guidance
 from edadm_cli.models.placement import Placement
 from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.random_models import build_random_pipeline

@@ -18,7 +18,7 @@ from edadm_cli.models.architecture import Architecture
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.pipeline_calls.call_arguments import takes_guidance, takes_prompts
+from edadm_cli.models.pipeline_calls.parameters import takes_guidance, takes_prompts
 from edadm_cli.models.sources import locating, stored_denoiser
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.recipe import load_recipe

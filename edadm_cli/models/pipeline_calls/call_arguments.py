@@ -1,4 +1,4 @@
-"""Finds the arguments that a pipeline's `__call__` takes: prompts, class labels, images, guidance, steps and noise."""
+"""Finds the values of a pipeline's arguments: prompts, class labels, images, guidance, steps and noise."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.families import family_of
 from edadm_cli.models.pipeline_calls.images import IMAGE_PARAMETERS, has_images, image_arguments
+from edadm_cli.models.pipeline_calls.parameters import call_default, call_parameters, takes_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,16 +33,6 @@ _NEGATIVE_PROMPT = " "  # what authors of models with true guidance recommend wh
 _NO_GUIDANCE = 1.0
 
 
-def takes_prompts(pipeline: DiffusionPipeline) -> bool:
-    """Returns whether this pipeline takes prompts."""
-    return "prompt" in call_parameters(pipeline)
-
-
-def takes_guidance(pipeline: DiffusionPipeline) -> bool:
-    """Returns whether this pipeline has guidance with a scale."""
-    return not {"guidance_scale", "true_cfg_scale"}.isdisjoint(call_parameters(pipeline))
-
-
 def default_guidance(pipeline: DiffusionPipeline, denoiser: nn.Module) -> float | None:
     """Returns a pipeline's default guidance scale; `None` if it has none."""
     name = "true_cfg_scale" if _has_true_guidance(pipeline, denoiser) else "guidance_scale"
@@ -55,17 +46,6 @@ def _has_true_guidance(pipeline: DiffusionPipeline, denoiser: nn.Module) -> bool
     A denoiser that takes the scale as an input is guided by that input instead.
     """
     return "true_cfg_scale" in call_parameters(pipeline) and not getattr(denoiser.config, "guidance_embeds", False)
-
-
-def call_default(pipeline: DiffusionPipeline, name: str) -> Any:
-    """Returns the default value of a parameter of the pipeline's `__call__`; `None` if there is none."""
-    parameter = call_parameters(pipeline).get(name)
-    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
-
-
-def call_parameters(pipeline: DiffusionPipeline) -> dict[str, inspect.Parameter]:
-    """Returns the parameters of a pipeline's `__call__`, by name."""
-    return dict(inspect.signature(type(pipeline).__call__).parameters)
 
 
 def call_arguments(

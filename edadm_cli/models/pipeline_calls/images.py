@@ -8,7 +8,6 @@ pipeline takes no other image, and `NAME.control.png` beside it where it does.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from edadm_cli.artifacts import file_sha256
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.pipeline_calls.output_size import picture_size
+from edadm_cli.models.pipeline_calls.parameters import call_parameters
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -28,13 +28,12 @@ IMAGE, CONTROL, MASK = "image", "control_image", "mask_image"
 IMAGE_PARAMETERS = (IMAGE, CONTROL, MASK)
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _MASK_ENDING, _CONTROL_ENDING = ".mask.png", ".control.png"
-
 _MEANINGS = {MASK: "a mask that is white where it repaints", CONTROL: "the picture that its control network follows"}
 
 
 def takes_images(pipeline: DiffusionPipeline) -> bool:
     """Returns whether images can condition a pipeline."""
-    return not set(IMAGE_PARAMETERS).isdisjoint(inspect.signature(type(pipeline).__call__).parameters)
+    return not set(IMAGE_PARAMETERS).isdisjoint(call_parameters(pipeline))
 
 
 def has_images(entry: ModelEntry) -> bool:
@@ -76,7 +75,7 @@ def image_arguments(pipeline: DiffusionPipeline, entry: ModelEntry, seeds: Seque
     """
     if entry.images is None:
         return {}
-    parameters = inspect.signature(type(pipeline).__call__).parameters
+    parameters = call_parameters(pipeline)
     names = [name for name in IMAGE_PARAMETERS if name in parameters]
     if not names:
         raise UsageError(f"{type(pipeline).__name__} takes no images, so --images has no meaning for it.")

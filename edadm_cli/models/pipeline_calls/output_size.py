@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from edadm_cli.errors import UsageError
+from edadm_cli.models.pipeline_calls.parameters import call_parameters
 
 if TYPE_CHECKING:
     from edadm_cli.models.loaded import LoadedModel
@@ -24,7 +24,7 @@ def with_sizes(model: LoadedModel, sizes: Mapping[str, int]) -> ModelEntry:
         UsageError: The call of the pipeline has no argument of such a name, because its denoiser fixes the size. Or one
             of height and width is missing: many pipelines take their own size then, whatever the other one is.
     """
-    parameters = inspect.signature(type(model.pipeline).__call__).parameters
+    parameters = call_parameters(model.pipeline)
     for name in sizes:
         if name not in parameters:
             raise UsageError(

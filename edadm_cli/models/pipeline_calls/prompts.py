@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edadm_cli.errors import InputError, MachineError, UsageError, quoted
+from edadm_cli.models.pipeline_calls.parameters import takes_prompts
 from edadm_cli.models.shipped import shipped_prompts
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ def resolve_prompts(model: LoadedModel, given: list[str] | None, num_prompts: in
     Raises:
         UsageError: There is a file, and the model takes no prompts.
     """
-    from edadm_cli.models.pipeline_calls.call_arguments import takes_prompts
-
     if given is not None:
         require_prompts(model)
     return prompts_of(model.entry, given, num_prompts, seed) if takes_prompts(model.pipeline) else None
@@ -60,8 +59,6 @@ def require_prompts(model: LoadedModel) -> None:
     Raises:
         UsageError: The model takes none.
     """
-    from edadm_cli.models.pipeline_calls.call_arguments import takes_prompts
-
     if not takes_prompts(model.pipeline):
         raise UsageError(f"{model.ref.id} takes no prompts, so --prompts has no meaning for it.")
 

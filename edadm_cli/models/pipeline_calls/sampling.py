@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from edadm_cli.errors import InputError, MachineError, UsageError
-from edadm_cli.models.pipeline_calls.call_arguments import call_arguments, call_parameters, images_hint
+from edadm_cli.models.pipeline_calls.call_arguments import call_arguments, images_hint
 from edadm_cli.models.pipeline_calls.failures import KINDS, is_fault_of_model, is_out_of_memory
 from edadm_cli.models.pipeline_calls.images import has_images, takes_images
+from edadm_cli.models.pipeline_calls.parameters import call_parameters
 from edadm_cli.models.pipeline_calls.watched_scheduler import watched_scheduler
 from edadm_cli.models.quiet import PIPELINES, library_warnings, quiet_libraries
 from edadm_cli.models.sources.from_folder import first_sentence

@@ -20,7 +20,7 @@ from edadm_cli.models.denoiser_calls.call_templates import build_call
 from edadm_cli.models.denoiser_calls.calls import DenoiserCall, record_calls
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.pipeline_calls.call_arguments import takes_prompts
+from edadm_cli.models.pipeline_calls.parameters import takes_prompts
 from edadm_cli.models.pipeline_calls.sampling import Samples, sample
 from tests.denoisers.families import RECIPE
 
