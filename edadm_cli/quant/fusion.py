@@ -1,6 +1,6 @@
 """Compiles elementwise arithmetic to one kernel on a GPU.
 
-Without that, each operation reads and writes all elements, which takes longer than the arithmetic. torch.compile makes
+Otherwise each operation reads and writes all elements, which takes longer than the arithmetic. torch.compile makes
 one kernel of all operations with the same results, bit for bit except for the order of sums.
 """
 

@@ -19,9 +19,13 @@ from edadm_cli.quant.fusion import flat, fused
 
 @dataclass(frozen=True)
 class Grid:
-    """The integer codes of a tensor.
+    """The integer codes that a tensor may have.
 
-    Weights are signed and symmetric (zero-point 0); activations are unsigned with a free zero-point.
+    Weights have signed codes and the zero-point 0; activations have unsigned codes and any zero-point.
+
+    Attributes:
+        num_bits: The bits of a code.
+        signed: Whether the codes range from -2^(num_bits - 1), and not from 0.
     """
 
     num_bits: int

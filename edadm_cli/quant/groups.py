@@ -74,7 +74,7 @@ def codes_of(integers: Tensor, multipliers: Tensor, size: int) -> Tensor:
 
 
 def search_groups(
-    weight: Tensor, grid: Grid, size: int, recipe: RangeRecipe, importance: Tensor | None = None
+    weight: Tensor, grid: Grid, size: int, recipe: RangeRecipe, energy: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Returns the scale per output channel, float32 `(C_out,)`, and the multipliers, int8 `(C_out, num_groups)`.
 
@@ -84,19 +84,19 @@ def search_groups(
 
     Args:
         weight: The weight, with shape `(C_out, ...)`.
-        grid: The codes.
+        grid: The grid of the codes.
         size: The number of weights per group.
         recipe: The recipe's ranges.
-        importance: E[x^2] of the input of each weight, in the shape of `weight`, for the error of the outputs; without
-            it, the error is that of the weights, sum |w - w_hat|^norm.
+        energy: E[x^2] of the input of each weight, in the shape of `weight`, for the error of the outputs; without it,
+            the error is that of the weights, sum |w - w_hat|^norm.
     """
     groups = _grouped(weight.detach().float(), size)  # [C_out, n, G]
-    factors = None if importance is None else _grouped(importance, size)
+    energy = None if energy is None else _grouped(energy, size)
     full = groups.abs().amax(dim=(1, 2)).clamp_min(_TINY) / (-grid.quant_min * LARGEST_MULTIPLIER)
     best_scale, best_error = full, torch.full_like(full, torch.inf)
     best_multiplier = torch.ones(groups.shape[:2], device=weight.device)
     for scale in _scales(full, grid, recipe):
-        multiplier, error = _best_multipliers(groups, scale, grid, recipe, factors)
+        multiplier, error = _best_multipliers(groups, scale, grid, recipe, energy)
         better = error < best_error
         best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
         best_multiplier = torch.where(better[:, None], multiplier, best_multiplier)
@@ -112,7 +112,7 @@ def _scales(full: Tensor, grid: Grid, recipe: RangeRecipe) -> Iterator[Tensor]:
 
 
 def _best_multipliers(
-    groups: Tensor, scale: Tensor, grid: Grid, recipe: RangeRecipe, factors: Tensor | None
+    groups: Tensor, scale: Tensor, grid: Grid, recipe: RangeRecipe, energy: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns the best multiplier of each group, `[C_out, n]`, and the error of each output channel, `[C_out]`."""
     if recipe.weight == "minmax":
@@ -123,10 +123,10 @@ def _best_multipliers(
     for multiplier in (sign * size for size in range(1, LARGEST_MULTIPLIER + 1) for sign in (1, -1)):
         step = (scale * multiplier)[:, None, None]
         difference = (groups / step).round_().clamp_(grid.quant_min, grid.quant_max).mul_(step).sub_(groups)
-        if factors is None:
+        if energy is None:
             error = difference.abs_().pow_(recipe.norm).sum(dim=2)
         else:
-            error = difference.square_().mul_(factors).sum(dim=2)
+            error = difference.square_().mul_(energy).sum(dim=2)
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, multiplier, chosen)
     return chosen, best.sum(dim=1)

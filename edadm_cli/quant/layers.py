@@ -61,15 +61,15 @@ class LayerProduct(Protocol):
 class QuantizedLayer(nn.Module):
     """A convolution or linear layer with integer weights and a static input quantizer.
 
+    Codes of at most four bits are packed. Scales are float32, whatever dtype the model is cast to.
+
     Args:
         operation: The linear map or convolution that the layer computes.
-        plan: Bits; `channel_parts` must be unset (see `SplitLayer`).
+        plan: The bits of the layer; `channel_parts` must be unset (see `SplitLayer`).
         weight_shape: `[C_out, C_in / groups, kh, kw]` or `[C_out, C_in]`.
-        bias: The float bias, kept as it is.
+        bias: The float bias `[C_out]`, which is kept as it is.
         device: The device of the codes and scales.
         code_bits: The bits that a code takes in memory and on disk; by default as few as possible.
-
-    Codes of at most four bits are packed. Scales are float32, whatever dtype the model is cast to.
 
     Attributes:
         keeps_float_weight: Whether the dequantized weight stays in memory after the first forward. Without it a forward
@@ -171,15 +171,18 @@ class QuantizedLayer(nn.Module):
             bias: A corrected bias.
             weight_multiplier: The multiplier of each group, int8 `[C_out, num_groups]`, where there are groups.
             transform_tensors: The tensors of the transform by name.
+
+        Raises:
+            ValueError: A tensor that the plan needs is missing, or a bias is given to a layer without one.
+            InputError: The multipliers do not divide the integers of their groups.
         """
         if self.plan.group_size is not None:
             if weight_multiplier is None:
                 raise ValueError("a layer with groups needs their multipliers")
             self.weight_multiplier.copy_(packed_multipliers(weight_multiplier))
             weight_int = codes_of(weight_int, weight_multiplier, self.plan.group_size)
-        is_tight = is_packed(self.plan.weight_bits)
-        packed = pack(weight_int, self.code_bits) if is_tight else weight_int.to(torch.int8)
-        self.weight_codes.copy_(packed)
+        has_packed_codes = is_packed(self.plan.weight_bits)
+        self.weight_codes.copy_(pack(weight_int, self.code_bits) if has_packed_codes else weight_int.to(torch.int8))
         self.weight_scale.copy_(weight_scale)
         if self.plan.input_grid is not None:
             if input_scale is None or input_zero_point is None:
@@ -234,7 +237,7 @@ class QuantizedLayer(nn.Module):
         return unpacked_multipliers(self.weight_multiplier, self.num_groups)
 
     def parameters_by_name(self) -> Iterator[tuple[str, Tensor]]:
-        """Returns the quantization parameters under the names of the artifact."""
+        """Yields the quantization parameters under the names of the artifact."""
         yield "weight_int", self.weight_int
         if self.plan.group_size is not None:
             yield "weight_multiplier", self.multipliers
@@ -269,6 +272,7 @@ class QuantizedLayer(nn.Module):
         return self.operation(x, self._float_weight().to(x.dtype), self.bias)
 
     def _integer(self, x: Tensor, quantizer: InputQuantizer) -> Tensor:
+        """Returns the output in integer arithmetic, in the dtype of `x`; see the module's second equation."""
         codes = quantizer.codes(x) - quantizer.zero_point
         largest_weight = -weight_grid(self.plan.product_bits).quant_min
         largest = (quantizer.grid.quant_max - quantizer.grid.quant_min) * largest_weight
@@ -279,6 +283,7 @@ class QuantizedLayer(nn.Module):
         return y.to(x.dtype)
 
     def _float_weight(self) -> Tensor:
+        """Returns the dequantized weight, float32, which stays in memory if `keeps_float_weight` allows it."""
         if torch.compiler.is_compiling():
             return self._dequantized()
         if not self.keeps_float_weight or not _OFFLOADERS.isdisjoint(self.__dict__):
@@ -329,9 +334,12 @@ def quantized_layer(
 
     Args:
         layer: The layer in full precision; its weight is not read where `device` is given.
-        plan: Its bits.
+        plan: The bits of the layer.
         code_bits: Returns the bits that a code takes in memory and on disk, for its number of bits.
         device: The device of the codes and scales; by default that of the weight.
+
+    Raises:
+        TypeError: The layer is neither a linear layer nor a zero-padded convolution.
     """
     operation, whole = Operation.of(layer), weight_shape(layer)
     bias = layer.bias if isinstance(layer.bias, Tensor) else None

@@ -14,7 +14,15 @@ _EXACT_IN_FLOAT32 = 2**24  # every whole number up to this one is a float32 numb
 
 @dataclass(frozen=True)
 class Operation:
-    """A product of an input with a weight, without bias; both may be float numbers or integers in float."""
+    """A linear map or a convolution without its weight; its operands are real numbers, or integers in float tensors.
+
+    Attributes:
+        kind: Whether it is a linear map, for which the other fields keep their defaults, or a convolution.
+        stride: The convolution's step in height and width, in pixels.
+        padding: The zeros at each side of height and width.
+        dilation: The distance of the kernel's taps in height and width.
+        groups: The number of groups of channels that are convolved separately.
+    """
 
     kind: Literal["linear", "conv2d"]
     stride: tuple[int, int] = (1, 1)
@@ -36,7 +44,13 @@ class Operation:
         raise TypeError(f"{type(layer).__name__} is not a linear layer or a zero-padded convolution")
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Applies to `x` `[N, C, H, W]` or `[..., C]` with weight `[C_out, C / groups, kh, kw]` or `[C_out, C]`."""
+        """Returns the output for `x`, `[N, C, H, W]` or `[..., C]`.
+
+        Args:
+            x: The input.
+            weight: The weight, `[C_out, C / groups, kh, kw]` or `[C_out, C]`.
+            bias: The bias, `[C_out]`; `None` for none.
+        """
         if self.kind == "linear":
             return F.linear(x, weight, bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)

@@ -44,6 +44,6 @@ def unpack(packed: Tensor, shape: torch.Size | tuple[int, ...], bits: int) -> Te
 
 
 def _group(bits: int) -> tuple[int, int]:
-    """Returns the fewest codes that fill whole bytes, and these bytes."""
+    """Returns the smallest number of codes of `bits` bits that fills whole bytes, and the number of these bytes."""
     codes = 8 // math.gcd(8, bits)
     return codes, codes * bits // 8

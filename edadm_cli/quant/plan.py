@@ -42,7 +42,6 @@ class LayerPlan(BaseModel):
     channel_parts: tuple[int, ...] | None = Field(
         None, description="sizes of the channel ranges of a concatenated input that have quantizers of their own"
     )
-
     group_size: int | None = Field(
         None, ge=8, le=1024, description="weights per group that has a multiplier of its own; null: no groups"
     )
@@ -106,12 +105,12 @@ class LayerPlan(BaseModel):
 
 
 class AttentionPlan(BaseModel):
-    """The bits of attention's two products: queries, keys, values, and probabilities."""
+    """The bits of the operands of attention's two products, `q k^T` and `p v`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    activation_bits: int = Field(ge=2, le=8)
-    probability_bits: int = Field(8, ge=2, le=8)
+    activation_bits: int = Field(ge=2, le=8, description="bits of queries, keys and values")
+    probability_bits: int = Field(8, ge=2, le=8, description="bits of the probabilities")
 
 
 class QuantizationPlan(BaseModel):
@@ -152,9 +151,10 @@ def joined(plans: Mapping[str, QuantizationPlan]) -> QuantizationPlan:
     Args:
         plans: The plans by the folder of each denoiser; see `name_within`.
     """
-    named, parts = name_within, plans.items()
     return QuantizationPlan(
-        layers={named(name, layer): value for name, plan in parts for layer, value in plan.layers.items()},
-        attentions={named(name, layer): value for name, plan in parts for layer, value in plan.attentions.items()},
-        kept={named(name, layer): value for name, plan in parts for layer, value in plan.kept.items()},
+        layers={name_within(at, name): layer for at, plan in plans.items() for name, layer in plan.layers.items()},
+        attentions={
+            name_within(at, name): each for at, plan in plans.items() for name, each in plan.attentions.items()
+        },
+        kept={name_within(at, name): reason for at, plan in plans.items() for name, reason in plan.kept.items()},
     )

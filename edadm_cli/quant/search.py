@@ -23,23 +23,26 @@ from edadm_cli.quant.grid import Grid
 from edadm_cli.quant.histogram import Histogram
 from edadm_cli.recipe import RangeRecipe
 
-_NUM_ZERO_POINTS = 17
-_ELEMENTS_CPU, _ELEMENTS_GPU = (
-    1 << 18,
-    1 << 26,
-)  # elements of a table of candidates and bins, which fits into a CPU's cache
+_NUM_ZERO_POINTS = 17  # that are tried besides the natural one, spread over the codes
+_ELEMENTS_CPU, _ELEMENTS_GPU = 1 << 18, 1 << 26
+"""The elements of a table of candidates and bins that is computed at once. On a CPU the table fits into the cache."""
 _TINY = 1e-8
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values a grid covers: `low <= 0 <= high`."""
+    """The values that a grid covers.
+
+    Attributes:
+        low: The smallest value, at most 0.
+        high: The largest value, at least 0.
+    """
 
     low: float
     high: float
 
     def parameters(self, grid: Grid) -> tuple[float, int]:
-        """Returns scale and zero-point of an unsigned grid that covers the range, zero exactly representable."""
+        """Returns scale and zero-point of an unsigned grid that covers the range and holds zero exactly."""
         steps = grid.quant_max - grid.quant_min
         scale = max((self.high - self.low) / steps, _TINY)
         zero_point = round(grid.quant_min - self.low / scale)
@@ -70,7 +73,7 @@ def weight_scales(weight: Tensor, grid: Grid, recipe: RangeRecipe, energy: Tenso
 
     Args:
         weight: The weight.
-        grid: Its codes.
+        grid: The grid of its codes.
         recipe: The recipe's ranges.
         energy: E[x^2] of the input of each weight, in the shape of `weight`; see `input_energy`.
     """
@@ -79,16 +82,16 @@ def weight_scales(weight: Tensor, grid: Grid, recipe: RangeRecipe, energy: Tenso
     full = largest / grid.quant_max
     if recipe.weight == "minmax":
         return full
-    importance = None if energy is None else energy.reshape(rows.shape)
+    energy = None if energy is None else energy.reshape(rows.shape)
     best_scale, best_error = full, torch.full_like(full, torch.inf)
     for candidate in range(1, recipe.num_candidates + 1):
         scale = full * (candidate / recipe.num_candidates)
         codes = (rows / scale[:, None]).round_().clamp_(grid.quant_min, grid.quant_max)
         difference = codes.mul_(scale[:, None]).sub_(rows)
-        if importance is None:
+        if energy is None:
             error = difference.abs_().pow_(recipe.norm).sum(dim=1)
         else:
-            error = difference.square_().mul_(importance).sum(dim=1)
+            error = difference.square_().mul_(energy).sum(dim=1)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)
@@ -96,7 +99,13 @@ def weight_scales(weight: Tensor, grid: Grid, recipe: RangeRecipe, energy: Tenso
 
 
 def activation_range(histogram: Histogram, grid: Grid, recipe: RangeRecipe) -> Tensor:
-    """Returns the range of activations by the recipe's method, as `(low, high)`, float32, on their device."""
+    """Returns the range of activations by the recipe's method, `(low, high)`, as a float32 tensor on their device.
+
+    Args:
+        histogram: The values of the activations.
+        grid: The unsigned grid of their codes.
+        recipe: The recipe's ranges.
+    """
     low, high = histogram.low, histogram.high
     if recipe.activation == "minmax":
         return torch.stack((low, high))

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 class SplitLayer(nn.Module):
     """A layer with a concatenated input: each channel range has its own quantizers, and the products are summed.
 
+    Args:
+        parts: The layers of the channel ranges, in order.
+        sizes: The number of input channels of each part.
+        channel_dim: The dimension of the input's channels, 1 or -1.
+
     References:
         Q-Diffusion, arXiv 2302.04304, section 4.3 (split shortcut quantization).
     """
