@@ -128,7 +128,17 @@ def load_model(
 
 @dataclass(frozen=True)
 class _Source:
-    """A pipeline as it comes from its source, before the entry's scheduler is applied."""
+    """A pipeline as it comes from its source, before the entry's scheduler is applied.
+
+    Attributes:
+        pipeline: The pipeline.
+        fingerprint: The hash of what decides its weights.
+        revision: The commit on the hub; `None` for a model from elsewhere.
+        folder: The folder of its files; `None` for a pipeline that was built or converted in memory.
+        known_as: The known model that a checkpoint file is built like; `None` if there is none.
+        remarks: Sentences for the user.
+        has_stored_denoiser: Whether the denoiser reads its weights whenever they are used.
+    """
 
     pipeline: DiffusionPipeline
     fingerprint: str

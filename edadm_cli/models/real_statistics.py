@@ -1,5 +1,6 @@
-"""Mean and covariance of features of real pictures as they ship: float32, and of a covariance the upper
-triangle by rows.
+"""Packs the mean and covariance of features of real pictures for the files that ship with the package.
+
+The numbers are stored in float32. A covariance is symmetric, so only its upper triangle is stored, row by row.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def pack(statistics: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor
 
 
 def unpack(packed: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Returns the unpacked `<kind>_mean (D,)` and `<kind>_cov (D, D)` in float64."""
+    """Returns `<kind>_mean (D,)` and `<kind>_cov (D, D)` of each kind in float64; the inverse of `pack`."""
     import torch
 
     statistics: dict[str, Tensor] = {}

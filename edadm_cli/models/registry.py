@@ -25,7 +25,7 @@ class PaperSettings(_Frozen):
 
     iterations: int = Field(description="optimizer steps per unit")
     batch_size: int = Field(description="calibration samples per optimizer step")
-    layer_loss_weight: float = Field(description="gamma")
+    layer_loss_weight: float = Field(description="gamma, the weight of the layers' loss in that of a unit")
     learning_rates: dict[str, tuple[float, float]] = Field(
         description="bit width -> step of the rounding variables, step of the activation scales"
     )
@@ -55,11 +55,13 @@ class ModelEntry(_Frozen):
     num_steps: int = Field(ge=1)
     guidance_scale: float | None = Field(None, description="null: the pipeline has no guidance")
     eta: float = Field(0.0, ge=0, le=1, description="DDIM's eta: share of fresh noise per step")
-    num_trajectories: int = Field(256, ge=1, description="N")
+    num_trajectories: int = Field(256, ge=1, description="N, the number of trajectories")
     batch_size: int = Field(32, ge=1, description="trajectories sampled together")
-    feature_batch: int = Field(64, ge=1, description="B, trajectories whose mid-block features are stored")
-    variety_weight: float = Field(1.0, ge=0, description="lambda of TDAC")
-    density_radius: float | None = Field(None, description="the paper's r, which the recipe `paper` takes")
+    feature_batch: int = Field(64, ge=1, description="B, the trajectories whose mid-block features are stored")
+    variety_weight: float = Field(1.0, ge=0, description="lambda, the weight of the variety in TDAC")
+    density_radius: float | None = Field(
+        None, description="r, the paper's radius of the density, which the recipe `paper` takes"
+    )
     prompts: Literal["digits", "emoji"] | None = Field(None, description="source of the prompts when none are given")
     features: Literal["digits", "emoji", "inception"] = Field("inception", description="features of the metrics")
     image_size: int | None = Field(None, description="pixels per side")

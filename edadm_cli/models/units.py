@@ -27,7 +27,14 @@ __all__ = ["Trace", "TracedLayer", "Unit", "UnitKind", "trace", "units"]
 
 @dataclass(frozen=True)
 class TracedLayer:
-    """A convolution or linear layer that ran."""
+    """A convolution or linear layer that ran.
+
+    Attributes:
+        name: Its name in the denoiser.
+        module: The layer.
+        in_time_embedding: Whether it belongs to a module that embeds the timestep; see `DenoiserFamily.embeddings`.
+        channel_parts: The channels of each tensor that was concatenated to its input; `None` for any other input.
+    """
 
     name: str
     module: nn.Module
@@ -44,7 +51,15 @@ class TracedLayer:
 
 @dataclass(frozen=True)
 class Unit:
-    """A block or a single layer, which is reconstructed as one."""
+    """A block or a single layer, which is reconstructed as one.
+
+    Attributes:
+        name: Its name in the denoiser.
+        kind: What kind of block it is, or `layer`.
+        module: The block or the layer.
+        layers: The names of its layers that are quantized, in execution order.
+        attentions: The names of its attention modules.
+    """
 
     name: str
     kind: UnitKind
@@ -124,8 +139,12 @@ def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def units(denoiser: nn.Module, traced: Trace, names: set[str], granularity: Literal["block", "layer"]) -> list[Unit]:
     """Splits the layers in `names` into units, in execution order.
 
-    With `block`, each outermost block of the denoiser is one unit and every other layer is a unit too; with `layer`,
-    every layer is a unit.
+    Args:
+        denoiser: The denoiser.
+        traced: Its trace.
+        names: The layers that are quantized.
+        granularity: With `block`, each outermost block of the denoiser is one unit, and so is every layer outside of
+            the blocks. With `layer`, every layer is a unit.
     """
     order = [layer.name for layer in traced.layers if layer.name in names]
     blocks = outermost_blocks(denoiser) if granularity == "block" else {}

@@ -1,7 +1,8 @@
 """Takes random directions of the final sample back through all calls of a recorded sampler.
 
-A change e_t of the prediction of step t changes the final sample by J_t e_t to first order. For a random direction v
-of independent normal numbers, the adjoint J_t^T v has the mean square of J_t's entries: |J_t e_t|^2 for a random e_t.
+A change e_t of the prediction of step t changes the final sample by J_t e_t to first order. How large that change is
+for a random e_t follows from the sum of the squares of J_t's entries. One sweep back through the sampler estimates this
+sum for all steps at once: for a direction v of independent standard normal numbers, it is the mean of |J_t^T v|^2.
 
 References:
     Hutchinson's estimator of the trace of J^T J (https://doi.org/10.1080/03610919008812866).
@@ -30,6 +31,7 @@ from edadm_cli.models.pipeline_calls.sampling import sample_with_gradients
 from edadm_cli.models.sources.from_folder import first_sentence
 
 NUM_DIRECTIONS = 4
+"""K, the number of random directions per image."""
 _SMALLEST_GAIN = 1e-18  # so that a step without any effect has a logarithm
 
 Through = Callable[[RecordedCall, Sequence[Tensor]], list[list[Tensor]]]
@@ -45,7 +47,12 @@ def freeze(model: LoadedModel) -> None:
 
 
 def record_images(model: LoadedModel, sampling: Sampling, images: slice) -> RecordedSampling:
-    """Samples some of the images of a collection once more, with gradients; the model is frozen.
+    """Samples some of the images of a collection once more, with gradients.
+
+    Args:
+        model: The pipeline in full precision, after `freeze`.
+        sampling: How the images of its collection were sampled.
+        images: Which of these images, by their number.
 
     Raises:
         InputError: The final sample does not depend on the predictions in a way that has a gradient.
@@ -64,10 +71,18 @@ def record_images(model: LoadedModel, sampling: Sampling, images: slice) -> Reco
 
 
 def random_directions(final: Tensor, seeds: Sequence[int], seed: int) -> Tensor:
-    """Returns random directions `[K, N, *]` for final samples `[N, *]`; those of an image depend on its seed alone."""
+    """Returns random directions `[K, N, *]` for final samples `[N, *]`.
+
+    Args:
+        final: The final samples.
+        seeds: The seed of each image. Its directions do not depend on the other images.
+        seed: The seed of the directions.
+    """
     directions = []
-    for image in seeds:
-        generator = torch.Generator().manual_seed((~image ^ seed) % 2**32)  # the noise of the image has `image` itself
+    for image_seed in seeds:
+        generator = torch.Generator().manual_seed(
+            (~image_seed ^ seed) % 2**32
+        )  # `image_seed` itself seeds the image's noise
         directions.append(torch.randn((NUM_DIRECTIONS, *final.shape[1:]), generator=generator))
     return torch.stack(directions, 1).to(final)
 
@@ -90,9 +105,9 @@ def sweep_back(
         advance: Progress callback, called after every call.
 
     Returns:
-        The gains of the steps by the denoiser's place, `(T, N)` float64: the squared change of the final sample per
-        squared change of the predictions of a step, both as means over their elements, if the latter is random and the
-        same in all predictions of the step. The mean over the directions is taken.
+        The gains of the steps by the denoiser's place, with shape `(T, N)`, float64. A gain is the squared change of
+        the final sample per squared change of the predictions of a step, both as means over their elements. The change
+        of the predictions is random, and the same in all branches of guidance. Gains are means over the directions.
     """
     count, images = directions.shape[:2]
     of_steps: dict[str, list[Tensor]] = {place: [] for place in num_steps}
@@ -100,9 +115,9 @@ def sweep_back(
     for index in reversed(range(len(recorded.calls))):
         call = recorded.calls[index]
         adjoints = [recorded.adjoint(index, directions[k], later[k]) for k in range(count)]
-        known = [torch.zeros_like(call.prediction) if adjoint is None else adjoint for adjoint in adjoints]
-        of_steps[call.place].insert(0, torch.stack([_guided(adjoint, images) for adjoint in known]))
-        for of_direction, inputs in zip(later, through(call, known), strict=True):
+        filled = [torch.zeros_like(call.prediction) if adjoint is None else adjoint for adjoint in adjoints]
+        of_steps[call.place].insert(0, torch.stack([_guided(adjoint, images) for adjoint in filled]))
+        for of_direction, inputs in zip(later, through(call, filled), strict=True):
             of_direction[index] = inputs
         advance(1)
     squares = directions.double().flatten(2).square().sum(2).mean(0)
@@ -126,15 +141,15 @@ def gradients_through(
     args, kwargs, leaves = call.with_leaves()
     with torch.enable_grad():
         prediction = prediction_of(denoiser(*args, **kwargs))
-    wanted = [*leaves, *marks.values()]
+    variables = [*leaves, *marks.values()]
     inputs: list[list[Tensor]] = []
     of_marks: list[list[Tensor]] = []
     for number, adjoint in enumerate(adjoints):
         gradients: Sequence[Tensor] = ()
-        if wanted:
+        if variables:
             is_last = number + 1 == len(adjoints)
             gradients = torch.autograd.grad(
-                prediction, wanted, adjoint, retain_graph=not is_last, allow_unused=True, materialize_grads=True
+                prediction, variables, adjoint, retain_graph=not is_last, allow_unused=True, materialize_grads=True
             )
         inputs.append(list(gradients[: len(leaves)]))
         of_marks.append(list(gradients[len(leaves) :]))
