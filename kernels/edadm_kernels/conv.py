@@ -15,7 +15,7 @@ from edadm_kernels.hopper import product
 from edadm_kernels.launching import arch_of, on_device_of
 from edadm_kernels.operation import operation
 from edadm_kernels.pack import Padding, border_class_count, output_size
-from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
+from edadm_kernels.product_checks import check_addends, check_codes, check_epilogue, check_output
 from edadm_kernels.tiles import Kind, choose
 
 __all__ = ["conv2d", "variants"]
@@ -66,7 +66,8 @@ def _empty(
 
 
 def _check_added(out: Tensor, sample_bias: Tensor | None, residual: Tensor | None) -> None:
-    """Raises a ValueError unless what is added to `out` has its shape and layout."""
+    """Raises an error unless what is added to `out` is floating point and has its shape and layout."""
+    check_addends(sample_bias, residual)
     if sample_bias is not None and (sample_bias.shape != out.shape[:2] or not sample_bias.is_contiguous()):
         raise ValueError(
             f"a contiguous sample_bias of shape {tuple(out.shape[:2])} is expected, found {tuple(sample_bias.shape)}"

@@ -15,7 +15,7 @@ from edadm_kernels.hopper import few_rows, matrices, product
 from edadm_kernels.launching import arch_of, on_device_of
 from edadm_kernels.operation import operation
 from edadm_kernels.pointwise import quantize
-from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
+from edadm_kernels.product_checks import check_addends, check_codes, check_epilogue, check_output
 from edadm_kernels.tiles import choose
 
 __all__ = ["linear", "linear_geglu", "linear_gelu", "linear_to_codes", "variants"]
@@ -33,6 +33,7 @@ def _empty_linear(
     """Checks the arguments of `linear` and returns an empty output."""
     check_device(x, residual)
     check_matrices(x, weight, scale, correction, bias)
+    check_addends(residual)
     out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
     if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
         raise ValueError(

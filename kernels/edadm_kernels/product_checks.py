@@ -54,6 +54,7 @@ def check_epilogue(
         raise TypeError(
             f"a float32 scale and an int32 correction are expected, found {scale.dtype} and {correction.dtype}"
         )
+    check_addends(bias)
     if scale.shape != shape or (bias is not None and bias.shape != shape):
         raise ValueError(
             f"scale and bias of shape {shape} are expected, found {tuple(scale.shape)} and "
@@ -65,6 +66,13 @@ def check_epilogue(
     contiguous = scale.is_contiguous() and correction.is_contiguous() and (bias is None or bias.is_contiguous())
     if not contiguous:
         raise ValueError("contiguous scale, correction and bias are expected; call .contiguous() on them first")
+
+
+def check_addends(*addends: Tensor | None) -> None:
+    """Raises a TypeError unless what is added to a product is floating point; `None` stands for nothing."""
+    for addend in addends:
+        if addend is not None and addend.dtype not in FLOATS:
+            raise TypeError(f"float16, bfloat16 or float32 biases and residuals are expected, found {addend.dtype}")
 
 
 def side_by_side(x: Tensor, more: Tensor) -> Tensor:

@@ -191,6 +191,7 @@ def test_registration(geometry: Geometry, packed: bool) -> None:
         ({"sample_bias": torch.zeros(1, 7)}, ValueError, "sample_bias of shape"),
         ({"residual": torch.zeros(2, 7, 4, 4)}, ValueError, "channels-last residual"),
         ({"bias": torch.zeros(6)}, ValueError, "scale and bias"),
+        ({"sample_bias": torch.zeros(2, 7, dtype=torch.int32)}, TypeError, "biases and residuals"),
         ({"out_dtype": torch.float64}, TypeError, "output is expected"),
     ],
 )

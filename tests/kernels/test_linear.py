@@ -277,6 +277,8 @@ def test_registration(packed: bool) -> None:
         ({"correction": torch.zeros(5, dtype=torch.int32)}, ValueError, "correction of shape"),
         ({"bias": torch.zeros(12)[::2]}, ValueError, "contiguous scale"),
         ({"residual": torch.zeros(6, 5).T}, ValueError, "contiguous residual"),
+        ({"residual": torch.zeros(5, 6, dtype=torch.int8)}, TypeError, "biases and residuals"),
+        ({"bias": torch.zeros(6, dtype=torch.int32)}, TypeError, "biases and residuals"),
         ({"out_dtype": torch.int8}, TypeError, "output is expected"),
     ],
 )

@@ -112,9 +112,10 @@ def _float8_scaled(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]
         if weight is None:
             continue
         values = state[weight].float()
-        if scale.numel() not in (1, len(values)) or not bool(scale.float().isfinite().all()):
+        rows = values.shape[:1].numel()  # 1 for a single number, which a damaged file may hold
+        if scale.numel() not in (1, rows) or not bool(scale.float().isfinite().all()):
             raise InputError(
-                f"{where}: '{name}' must hold one finite number, or one per row of {len(values)}; its shape is"
+                f"{where}: '{name}' must hold one finite number, or one per row of {rows}; its shape is"
                 f" {list(scale.shape)}."
             )
         stem = weight.removesuffix(".weight")

@@ -206,6 +206,7 @@ def test_comfy_kitchen_rotates_back_what_is_read_here() -> None:
         ("a.weight_scale", None, "a 'weight_scale'"),
         ("a.comfy_quant", None, "'a.comfy_quant', which says how to read them"),
         ("a.weight", torch.zeros(4, 12), "int8"),
+        ("a.weight", torch.zeros(()).to(torch.float8_e4m3fn), "one per row of 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(name: str, value: Any, words: str) -> None:
