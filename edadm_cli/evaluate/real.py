@@ -136,11 +136,8 @@ def _kind_of(place: str) -> tuple[Path, bool, bool]:
     try:
         path = Path(place).expanduser()
         return path, path.is_dir(), path.is_file()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # the text is too long, has a zero byte, or names an unknown user
+    except (OSError, ValueError, RuntimeError) as error:
+        # in this order: the text is too long, has a zero byte, or names an unknown user
         shown = place if len(place) <= 80 else f"{place[:60]}... ({len(place):,} characters)"
         raise UsageError(f"--real expects the path of a folder or a file; '{shown}' cannot be one.") from error
 

@@ -37,7 +37,6 @@ class GroupPlan:
     fused: bool
     rows_per_chunk: int
     num_chunks: int
-
     num_warps: int = 4
 
     @property

@@ -1,9 +1,9 @@
 """Replays calls of a loaded denoiser as CUDA graphs where Python launches kernels more slowly than a GPU runs them.
 
-The first calls of a shape run as ever. Then one call is observed: a graph is recorded only if the launches take about
-as long as the whole call, if nothing waits for the GPU inside of the call, and if the call leaves the modules as they
-were. Before each replay, the modules are compared with those that were recorded (`ModuleState`). So adapters, moved
-weights, hooks and exchanged modules have their effect: the graphs are freed, and the next calls run as ever.
+The first calls of a shape run without a graph. Then one call is observed: a graph is recorded only if the launches take
+about as long as the whole call, if nothing waits for the GPU inside of the call, and if the call leaves the modules as
+they were. Before each replay, the modules are compared with those that were recorded (`ModuleState`). So adapters,
+moved weights, hooks and exchanged modules have their effect: the graphs are freed, and the next calls run without one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WARM_UP = 2
 RECHECK = 8
 """The number of calls of a shape with hooked, offloaded or compiled modules after which these are looked for again."""
 MAX_SHAPES = 8
-"""The largest number of shapes that are followed; calls of further ones run as ever."""
+"""The largest number of shapes that are followed; calls of further ones run without a graph."""
 MIN_LAUNCH_SHARE = 0.8
 """The least share of a call's time that its launches take, from which on a graph is recorded."""
 MIN_FREE_SHARE = 0.1
@@ -172,7 +172,7 @@ class RecordedForward:
         return self._shapes.setdefault(key, _Shape())
 
     def _observe(self, shape: _Shape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a call as ever, and decides whether calls of its shape are recorded."""
+        """Runs a call without a graph, and decides whether calls of its shape are recorded."""
         state = ModuleState(self.module)
         outputs, waits = waits_for_launches(lambda: self._forward(*args, **kwargs), device_of(args, kwargs))
         shape.is_special = state.is_special
@@ -180,7 +180,7 @@ class RecordedForward:
         return outputs
 
     def _record(self, shape: _Shape, leaves: list[Any], spec: Any) -> None:
-        """Records the calls of a shape; if that fails, all calls run as ever from then on."""
+        """Records the calls of a shape; if that fails, all calls run without graphs from then on."""
         device, state = device_of(leaves), self._state or ModuleState(self.module)
         if state.is_special:  # since the call that was observed
             shape.is_special = True

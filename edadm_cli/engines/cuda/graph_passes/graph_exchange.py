@@ -1,4 +1,4 @@
-"""All exchanges of operations in a graph of Dynamo, for a backend of ours and for Inductor's pass."""
+"""All exchanges of operations in a graph of Dynamo, for `graph_pass.attention_backend` and for `inductor_pass`."""
 
 from __future__ import annotations
 

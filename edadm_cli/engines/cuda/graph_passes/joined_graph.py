@@ -45,19 +45,19 @@ def _replace(joined: fx.Node) -> int:
     if chain is None or last is None or len(parts) != 2 or not _is_last(joined):
         return 0
     attended, activated = parts
-    found = _activated_member(activated)
+    member = _activated_member(activated)
     width, operands = shape_of(attended), operands_of(last)
-    if found is None or width is None or width[-1] % _STEP or operands is None:
+    if member is None or width is None or width[-1] % _STEP or operands is None:
         return 0
-    together, place = found
-    members: Any = together.args[1:5]
-    own = (together.args[0], *(each[place] for each in members))
-    if not pays_for(kernels.gelu_pays, own):
+    together, place = member
+    stacked: Any = together.args[1:5]
+    member_operands = (together.args[0], *(each[place] for each in stacked))
+    if not pays_for(kernels.gelu_pays, member_operands):
         return 0
     graph = joined.graph
     with graph.inserting_before(last):
         grid = (chain.inverse_scale, chain.shift, chain.num_bits)
-        hidden = graph.call_function(torch.ops.edadm.linear_gelu_to_codes.default, (*own, *grid))
+        hidden = graph.call_function(torch.ops.edadm.linear_gelu_to_codes.default, (*member_operands, *grid))
         rows = graph.call_method("reshape", (_codes(attended, chain), -1, width[-1]))
         rows = graph.call_method("contiguous", (rows,))
         arguments = (rows, hidden, *operands[1:])
