@@ -131,7 +131,20 @@ def _require_guidance(model: LoadedModel) -> None:
 
 
 def collect_trajectories(task: Task, build: Build, processes: Processes, reporter: Reporter) -> None:
-    """Samples the shards, each in one of the processes, and merges their conditions and features."""
+    """Samples the shards, each in one of the processes, merges their conditions and features, and commits the artifact.
+
+    A shard that an interrupted collection wrote is not sampled again.
+
+    Args:
+        task: What is sampled.
+        build: The artifact that is written.
+        processes: The processes that share the shards.
+        reporter: It reports the progress and the warnings.
+
+    Raises:
+        InputError: The calls of the denoiser cannot be recorded or merged, or samples are not finite.
+        MachineError: The device ran out of memory.
+    """
     places = task.model.by_denoiser().keys()
     shards = _in_order(task, range(processes.index, task.num_shards, processes.count))
     waiting = [shard for shard in shards if not is_written(build.path, shard)]
@@ -169,6 +182,7 @@ def _in_order(task: Task, shards: Iterable[int]) -> list[int]:
 
 
 def _sample_shard(task: Task, folder: Path, shard: int, reporter: Reporter) -> None:
+    """Samples one shard, records the calls of all denoisers, and writes them."""
     seeds = task.seeds(shard)
     first = shard * task.batch_size
     num_features = max(0, min(len(seeds), task.feature_batch - first))

@@ -133,6 +133,11 @@ class BatchRecorder:
         return named
 
     def _on_call(self, call: DenoiserCall) -> None:
+        """Records a call as the next step, as the other branch of the latest step, or not at all.
+
+        Raises:
+            InputError: The sample is not finite, or the call has another form than those before.
+        """
         step = len(self.latents)
         call = call if self.control is None else self.control.without_computed(call)
         if not bool(call.sample.isfinite().all()):
@@ -176,6 +181,7 @@ class BatchRecorder:
             self.warnings.append(warning)
 
     def _keep_first(self, call: DenoiserCall) -> None:
+        """Records the conditions of the first call, and finds whether its rows are the two branches of guidance."""
         rows = call.sample.shape[0]
         if rows % self.num_trajectories != 0:
             raise InputError(
@@ -219,6 +225,7 @@ class BatchRecorder:
         return is_second
 
     def _keep_second(self, first: DenoiserCall, call: DenoiserCall) -> None:
+        """Records the conditions of a second call of the first step, or warns that only the first call calibrates."""
         self._second, self.calls_per_step = call.copied(), 2
         conditions = of_calls(first, call, family_of(self.model.denoiser).masks)
         if self.control is not None:
@@ -248,6 +255,7 @@ class BatchRecorder:
             )
 
     def _on_feature(self, feature: Tensor) -> None:
+        """Records the mid-block feature `(rows * k, C, *)` of the latest call for the first trajectories."""
         if self._is_further:
             return
         rows = self.rows

@@ -33,12 +33,12 @@ class Choices:
         config: The configuration.
         ref: The model's identity.
         entry: The model's defaults, with the sizes and the images of the configuration.
-        num_trajectories: N.
-        num_steps: T.
-        guidance_scale: The scale of guidance; `None` for a pipeline without.
-        batch_size: Trajectories that are sampled together, which are one shard.
-        feature_batch: B, the trajectories whose mid-block features are recorded.
-        prompts: One prompt per trajectory; `None` for a pipeline without.
+        num_trajectories: N, the number of trajectories.
+        num_steps: T, the number of sampler steps of each trajectory.
+        guidance_scale: The scale of guidance; `None` for a pipeline without guidance.
+        batch_size: The number of trajectories that are sampled together, which are one shard.
+        feature_batch: B, the number of trajectories whose mid-block features are recorded.
+        prompts: One prompt per trajectory; `None` for a pipeline without prompts.
     """
 
     config: CollectConfig

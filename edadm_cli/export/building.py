@@ -35,6 +35,13 @@ from edadm_cli.quant.plan import joined
 def build_export(config: ExportConfig, run: RunFolder, source: Artifact, build: Build, reporter: Reporter) -> Artifact:
     """Packs the denoisers, writes the pipeline, loads it again, and compares its images; commits the artifact.
 
+    Args:
+        config: The configuration.
+        run: The run.
+        source: The reconstruction that is exported.
+        build: The artifact that is written.
+        reporter: It reports the progress and the warnings.
+
     Raises:
         InputError: The model is not the one that the reconstruction was made from.
         EdadmError: The export computes other images than the reconstruction.

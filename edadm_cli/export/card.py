@@ -154,6 +154,7 @@ def _usage(facts: CardFacts, place: str) -> str:
 
 
 def _facts(facts: CardFacts) -> Iterator[tuple[str, str]]:
+    """Yields the rows of the table that says how the export was made: a name and a value in Markdown."""
     coverage, sizes, selection = facts.units.coverage, facts.export.size_mib, facts.selection
     yield "bits", _bits(facts.bits)
     yield "recipe", escape(facts.recipe)
@@ -193,7 +194,7 @@ def _before(facts: CardFacts) -> str:
 
 
 def _encoder(encoder: TextEncoder) -> str:
-    """What happened to a text encoder."""
+    """Returns what was done to a text encoder, and how much its states changed."""
     text = (
         f"{encoder.bits}-bit weights in {encoder.layers:,} linear layers, {encoder.size_mib:,.1f} MiB instead of"
         f" {encoder.float_mib:,.1f}"
@@ -211,6 +212,7 @@ def _rest(facts: CardFacts) -> str:
 
 
 def _quality(evaluation: Evaluation) -> str:
+    """Returns the table of the metrics, and the sentences of the verdict below it."""
     rows = []
     for name in in_order(evaluation.metrics):
         metric, full = evaluation.metrics[name], evaluation.full_precision.get(name)

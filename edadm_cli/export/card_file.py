@@ -29,7 +29,14 @@ def update_card(run: RunFolder, bits: str) -> None:
 
 
 def card_facts(run: RunFolder, export: Artifact, bits: str, evaluation: Artifact | None) -> CardFacts:
-    """Returns the content of the card of a finished export."""
+    """Returns the content of the card of a finished export.
+
+    Args:
+        run: The run.
+        export: The export.
+        bits: The export's name.
+        evaluation: The evaluation of the export; `None` if there is none.
+    """
     metrics = None if evaluation is None else Evaluation.load(evaluation)
     return CardFacts.of_run(run, run.open("reconstruct", bits), export.path, ExportFacts.load(export), metrics)
 

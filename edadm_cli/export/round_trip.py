@@ -97,7 +97,20 @@ def write_reconstruction(
     reporter: Reporter,
     advance: Callable[[int], None],
 ) -> Before:
-    """Samples images of the reconstruction, and writes its pipeline into `folder`."""
+    """Samples images of the reconstruction, and writes its pipeline into `folder`.
+
+    Args:
+        config: The configuration of the export.
+        run: The run.
+        source: The reconstruction.
+        folder: The folder of the exported pipeline.
+        reporter: It reports the warnings.
+        advance: Progress callback, called after sampling and after writing.
+
+    Raises:
+        InputError: The model has changed, or an adapter does not belong to it.
+        MachineError: The device ran out of memory, or the disk is full.
+    """
     collected = CollectedRun.open(run)
     model, num_parameters, fused = quantized_model(config, run, source)
     _warn_of_adapters(fused, reporter)
@@ -128,6 +141,15 @@ def compare_loaded(
     advance: Callable[[int], None],
 ) -> After:
     """Loads the pipeline from `folder`, and compares it with the reconstruction.
+
+    Args:
+        config: The configuration of the export.
+        run: The run.
+        source: The reconstruction.
+        folder: The folder of the exported pipeline.
+        before: The result of `write_reconstruction`.
+        reporter: It reports the warnings.
+        advance: Progress callback, called after sampling and after the comparison.
 
     Raises:
         EdadmError: It computes other images than the reconstruction.

@@ -157,6 +157,7 @@ def _open(
     stored: bool,
     location: Location | None,
 ) -> _Source:
+    """Opens a model, wherever it is; with `stored`, the denoiser reads its weights whenever they are used."""
     if entry is not None and is_random(model, entry):
         architecture, seed = load_architecture(entry.location), entry.weights_seed
         fingerprint = architecture.fingerprint(seed, WEIGHTS_VERSION)
@@ -172,6 +173,7 @@ def _open(
 
 
 def _read(path: Path, revision: str | None, dtype: torch.dtype, device: torch.device, stored: bool) -> _Source:
+    """Opens a checkpoint file or a diffusers folder; the denoiser of a file is always in memory."""
     if path.is_file():
         checkpoint = open_checkpoint(path, dtype)
         return _Source(

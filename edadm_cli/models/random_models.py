@@ -166,6 +166,7 @@ def _build_module(
     device: torch.device,
     changes: Mapping[str, Any],
 ) -> nn.Module:
+    """Builds one component with random weights, in eval mode; `changes` replaces fields of its configuration."""
     from accelerate import init_empty_weights
 
     cls = architecture.component_class(name)

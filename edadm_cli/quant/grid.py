@@ -53,7 +53,14 @@ def activation_grid(num_bits: int) -> Grid:
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Returns the codes of `x` as integers in float32; `scale` and `zero_point` broadcast against `x`."""
+    """Returns the codes of `x` as integers in float32, in the shape of `x`.
+
+    Args:
+        x: A floating-point tensor of any shape.
+        scale: float32, broadcast against `x`.
+        zero_point: Whole numbers, broadcast against `x`.
+        grid: The codes allowed.
+    """
     codes = torch.round(x.float() * scale.reciprocal()) + zero_point
     return codes.clamp(grid.quant_min, grid.quant_max)
 

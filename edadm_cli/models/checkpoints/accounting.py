@@ -46,7 +46,12 @@ def empty_module(architecture: Architecture, name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Part:
-    """Names one third of a tensor that holds query, key and value: the third's index, and the number of heads."""
+    """Names one third of a tensor that holds query, key and value.
+
+    Attributes:
+        index: 0 for the query, 1 for the key, 2 for the value.
+        num_heads: The number of attention heads.
+    """
 
     index: int
     num_heads: int
@@ -54,7 +59,12 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Place:
-    """Says where a checkpoint holds a parameter: the name of the tensor, and the part of it (`None`: all of it)."""
+    """Says where a checkpoint holds a parameter.
+
+    Attributes:
+        key: The name of the tensor.
+        part: The part of the tensor; `None` for all of it.
+    """
 
     key: str
     part: _Part | None = None
@@ -131,6 +141,7 @@ class TensorAccount:
                 raise InputError(f"{self._path} {what} {listed(list(dict.fromkeys(names)))}.")
 
     def _take(self, place: _Place, shape: Sequence[int]) -> Tensor | None:
+        """Returns the tensor of a parameter; `None` if it is missing or misshapen, which is recorded."""
         self._known.add(place.key)
         is_averaged = self._averaged and place.key.startswith(DENOISER)
         key = ema_name(place.key) if is_averaged else place.key

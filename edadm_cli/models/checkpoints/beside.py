@@ -58,6 +58,12 @@ def folder_beside(path: Path) -> Path | None:
 def complete(path: Path, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> CompletedFile:
     """Builds the pipeline of a folder around the denoiser of a file.
 
+    Args:
+        path: The file, for messages.
+        state: The tensors of the file by name.
+        folder: The diffusers folder with all other components.
+        dtype: The element type of the floating-point weights.
+
     Raises:
         InputError: The folder cannot be loaded, or the file does not hold the denoiser that the folder describes.
     """

@@ -72,6 +72,12 @@ def _with_labels(model: CompVisModel, state: Mapping[str, Tensor]) -> CompVisMod
 def convert(path: Path, state: Mapping[str, Tensor], model: CompVisModel, dtype: torch.dtype) -> DiffusionPipeline:
     """Builds the pipeline of a checkpoint.
 
+    Args:
+        path: The checkpoint, for messages.
+        state: The tensors of the checkpoint by name.
+        model: What the checkpoint holds; see `describe`.
+        dtype: The element type of the weights.
+
     Raises:
         InputError: Tensors are missing, left over, misshapen or not finite.
     """

@@ -76,6 +76,7 @@ def read_config(path: Path) -> CompVisModel:
 
 
 def _model(params: dict[str, Any]) -> CompVisModel:
+    """Returns what the parameters of a latent diffusion model describe."""
     unet = params["unet_config"]["params"]
     num_labels = _num_labels(params.get("cond_stage_config"))
     if bool(unet.get("use_spatial_transformer")) != (num_labels is not None):
@@ -137,6 +138,7 @@ def _real(params: dict[str, Any], name: str, default: float, largest: float) -> 
 
 
 def _common_unet(unet: dict[str, Any]) -> dict[str, Any]:
+    """Returns the part of a UNet's configuration in diffusers that both kinds of UNet share."""
     width = _whole(unet, "model_channels", _MAX_WIDTH)
     channels = [width * multiple for multiple in _multiples(unet, "channel_mult")]
     return {
@@ -163,6 +165,7 @@ def _attended(unet: dict[str, Any]) -> list[bool]:
 
 
 def _unconditional_unet(unet: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns the class and the configuration, in diffusers, of a UNet without a condition."""
     config = _common_unet(unet)
     channels, is_resnet = config["block_out_channels"], bool(unet.get("resblock_updown", False))
     plain = "Resnet{}sampleBlock2D" if is_resnet else "{}Block2D"
@@ -191,6 +194,7 @@ def _unconditional_unet(unet: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _conditional_unet(unet: dict[str, Any], num_labels: int) -> tuple[str, dict[str, Any]]:
+    """Returns the class and the configuration of a UNet whose cross-attention sees the embedding of a class."""
     _require(unet, {"use_scale_shift_norm": (False, None), "resblock_updown": (False, None)})
     config, levels = _common_unet(unet), _attended(unet)
     # diffusers calls the number of heads "attention_head_dim" here
@@ -213,6 +217,7 @@ def _conditional_unet(unet: dict[str, Any], num_labels: int) -> tuple[str, dict[
 
 
 def _autoencoder(stage: dict[str, Any], scale: float) -> tuple[str, dict[str, Any]]:
+    """Returns the class and the configuration, in diffusers, of an autoencoder with this scale of its latents."""
     kind, params = str(stage["target"]).rpartition(".")[2], stage["params"]
     shape = params["ddconfig"]
     multiples = _multiples(shape, "ch_mult")
@@ -245,6 +250,7 @@ def _autoencoder(stage: dict[str, Any], scale: float) -> tuple[str, dict[str, An
 
 
 def _scheduler(params: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns the class and the configuration, in diffusers, of the scheduler of a model."""
     _require(params, {"beta_schedule": ("linear", None), "parameterization": ("eps", "x0", None)})
     config = {
         "num_train_timesteps": _whole(params, "timesteps", _MAX_TIMESTEPS, default=1000),

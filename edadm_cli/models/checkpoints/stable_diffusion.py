@@ -86,7 +86,13 @@ def known_as(state: Mapping[str, Tensor]) -> str | None:
 
 
 def describe(path: Path, state: Mapping[str, Tensor], name: str, architecture: Architecture) -> StableDiffusionFile:
-    """Describes a checkpoint that has the architecture of the known model `name`, and checks each of its tensors.
+    """Describes a checkpoint that has the architecture of a known model, and checks each of its tensors.
+
+    Args:
+        path: The checkpoint, for messages.
+        state: The tensors of the checkpoint by name.
+        name: The known model; see `known_as`.
+        architecture: The architecture of the known model.
 
     Raises:
         InputError: Tensors are missing, left over, misshapen or not finite, or belong to another kind of model.

@@ -78,6 +78,7 @@ class _Filler:
         return {key: self(value) for key, value in node.items()}
 
     def _place(self, kind: str, value: Any) -> Any:
+        """Returns what belongs into a place; `Template` lists the kinds of places and the value of each."""
         match kind:
             case "sample":
                 return self.sample

@@ -234,6 +234,11 @@ def _encode_rows(name: str, value: list[Tensor], tensors: dict[str, Tensor]) -> 
 
 
 def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Returns the JSON of a value, and adds the tensors in it to `tensors` by dotted name.
+
+    Raises:
+        InputError: The value is neither a tensor nor plain data.
+    """
     if isinstance(value, Tensor) and value.is_complex():
         tensors[name] = torch.view_as_real(value.detach())
         return {MARK + "complex": name}

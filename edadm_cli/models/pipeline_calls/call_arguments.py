@@ -150,6 +150,7 @@ def _one_image(pipeline: DiffusionPipeline, prompts: Sequence[str], arguments: M
 
 
 def _require_known_parameters(model: LoadedModel, parameters: dict[str, inspect.Parameter]) -> None:
+    """Raises an `InputError` if the pipeline needs images that were not named, or an unknown argument."""
     pipeline = model.pipeline
     required = [name for name, parameter in parameters.items() if _is_required(parameter)]
     if not has_images(model.entry) and not set(required).isdisjoint(IMAGE_PARAMETERS):

@@ -35,13 +35,11 @@ _USUAL_COLUMNS = ("caption", "prompt", "text")
 
 
 def resolve_prompts(model: LoadedModel, given: list[str] | None, num_prompts: int, seed: int) -> list[str] | None:
-    """Returns prompts for `num_prompts` images; `None` for a model that takes none.
-
-    Of a list with more prompts than images, the first ones are used; a list with fewer is repeated.
+    """Returns prompts for `num_prompts` images, as `prompts_of` does; `None` for a model that takes none.
 
     Args:
         model: The pipeline.
-        given: The prompts of the user's file; `None` takes the model's own, or the built-in captions.
+        given: The prompts of the user's file; `None` if there is no file.
         num_prompts: The number of images.
         seed: Seed of the model's own prompts.
 
@@ -64,7 +62,16 @@ def require_prompts(model: LoadedModel) -> None:
 
 
 def prompts_of(entry: ModelEntry, given: list[str] | None, num_prompts: int, seed: int) -> list[str]:
-    """Returns prompts for `num_prompts` images of a model that takes prompts; see `resolve_prompts`."""
+    """Returns prompts for `num_prompts` images of a model that takes prompts.
+
+    Of a list with more prompts than images, the first ones are used; a list with fewer is repeated.
+
+    Args:
+        entry: The model's defaults.
+        given: The prompts of the user's file; `None` takes the model's own, or the built-in captions.
+        num_prompts: The number of images.
+        seed: Seed of the model's own prompts.
+    """
     if given is None and entry.prompts is not None:
         return shipped_prompts(entry.prompts, num_prompts, seed)
     lines = read_prompts(CAPTIONS) if given is None else given
@@ -117,6 +124,7 @@ def _exists(path: Path) -> bool:
 
 
 def _read_text(path: Path) -> str:
+    """Returns the text of a prompt file, which may be a pipe of the shell; `read_prompts` lists the errors."""
     try:
         is_piped = path.is_fifo() and path.absolute().parts[1] in _PIPES
         if not path.is_file() and path.exists() and not is_piped:
@@ -139,6 +147,7 @@ def _read_text(path: Path) -> str:
 
 
 def _checked(path: Path, entries: Iterable[tuple[str, str]]) -> Iterable[str]:
+    """Yields the prompts among entries that consist of a place in the file and a text; empty ones are left out."""
     for place, entry in entries:
         prompt = entry.strip()
         if any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -153,6 +162,7 @@ def _checked(path: Path, entries: Iterable[tuple[str, str]]) -> Iterable[str]:
 
 
 def _captions_of_json(path: Path, text: str) -> Iterable[tuple[str, str]]:
+    """Yields the place and the text of the first COCO caption of each image, or of each text of a list."""
     try:
         content: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -175,6 +185,7 @@ def _captions_of_json(path: Path, text: str) -> Iterable[tuple[str, str]]:
 
 
 def _column_of_table(path: Path, text: str, column: str | None) -> Iterable[tuple[str, str]]:
+    """Yields the place and the text of each row of a column; without a name, the column is one of the usual ones."""
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_TABLES[path.suffix.lower()], strict=True)
     try:
         columns = reader.fieldnames or ()

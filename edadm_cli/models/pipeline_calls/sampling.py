@@ -99,7 +99,7 @@ def sample_with_gradients(
     """Samples as `sample` does, with gradients switched on, and stops after the last step of the scheduler.
 
     The parameters of the pipeline's components should have `requires_grad` off: otherwise all activations of all steps
-    stay in memory.
+    stay in memory. The arguments are those of `sample`.
 
     Returns:
         The sampler's last sample, with shape `(N, *)`, on the pipeline's device, with what it was computed from.
@@ -232,6 +232,11 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _images_of(pipeline: DiffusionPipeline, output: Any) -> Tensor:
+    """Returns the images `(N, C, H, W)` in a pipeline's output, or the frames of its clips side by side.
+
+    Raises:
+        InputError: There are neither images nor clips.
+    """
     images = getattr(output, "images", None)
     images = getattr(output, "frames", None) if images is None else images
     if isinstance(images, np.ndarray):

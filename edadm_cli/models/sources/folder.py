@@ -240,6 +240,11 @@ def _constructor_options(
 
 
 def _read_component(root: Path, name: str, library: str, class_name: str, *, has_weights: bool = True) -> Component:
+    """Checks the files of one component, without loading any.
+
+    Raises:
+        InputError: A file is missing, foreign, broken, pickled, or asks for code.
+    """
     cls = class_of(root, library, class_name)
     shared = shared_parts(root).get(name)
     folder = component_folder(root, name, class_name) if shared is None else shared
@@ -265,6 +270,11 @@ def _read_component(root: Path, name: str, library: str, class_name: str, *, has
 
 
 def _descriptions_without_weights(root: Path, folder: Path, name: str, cls: type) -> tuple[Path, ...]:
+    """Returns the files of a scheduler, a guider, a tokenizer or a processor.
+
+    Raises:
+        InputError: The configuration is missing, or the class is none of these.
+    """
     import diffusers
 
     if issubclass(cls, diffusers.SchedulerMixin | diffusers.BaseGuidance):

@@ -67,6 +67,7 @@ def load_folder(
 
 
 def _load_component(component: Component, dtype: torch.dtype, device: torch.device) -> Any:
+    """Loads a component, and turns the errors of its library into an `InputError` that names the file."""
     with component.staged() as place:
         try:
             if not component.is_module:
@@ -116,6 +117,11 @@ def _load_rest(component: Component, place: Path) -> Any:
 
 
 def _load_module(component: Component, place: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Loads a network from a folder of links to its checked files.
+
+    Raises:
+        InputError: It is far larger than its weights, lacks a tensor, or holds values that are not finite.
+    """
     from transformers import PreTrainedModel
 
     loader: Any = component.cls

@@ -78,8 +78,8 @@ def _progress_of(repo_id: str) -> Callable[[], str]:
     def size() -> int:
         """Returns the bytes of all files of the repository, complete or not."""
         total = 0
-        with suppress(OSError):  # a file that has just been renamed
-            for entry in os.scandir(blobs):
+        with suppress(OSError), os.scandir(blobs) as entries:  # a file may just have been renamed
+            for entry in entries:
                 total += entry.stat().st_size
         return total
 

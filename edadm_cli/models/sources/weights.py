@@ -60,10 +60,11 @@ def find_weights(root: Path, folder: Path, name: str, stem: str) -> WeightFiles:
             return WeightFiles((whole,), None, variant)
         _require_complete(indexes[0], shards[0])
         return WeightFiles(shards[0], indexes[0], variant)
-    raise _nothing(folder, name, stem)
+    raise _no_weights(folder, name, stem)
 
 
-def _nothing(folder: Path, name: str, stem: str) -> InputError:
+def _no_weights(folder: Path, name: str, stem: str) -> InputError:
+    """Returns the error for a component without weight files, which says what its folder has in their place."""
     files = sorted(path.name for path in folder.iterdir())
     pickle = next((file for file in files if Path(file).suffix in PICKLES), None)
     if pickle is not None:
@@ -80,6 +81,11 @@ def _nothing(folder: Path, name: str, stem: str) -> InputError:
 
 
 def _shards(root: Path, index: Path) -> tuple[Path, ...]:
+    """Returns the files that an index of sharded weights lists.
+
+    Raises:
+        InputError: The index is broken, or a file is missing.
+    """
     weight_map = read_json_object(index).get("weight_map")
     names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
