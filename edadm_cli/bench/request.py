@@ -51,12 +51,12 @@ class BenchRequest:
 
     @property
     def name(self) -> str:
-        """The artifact's name."""
+        """Returns the artifact's name."""
         return name_of(self.config, self.engine, self.device)
 
     @property
     def environment(self) -> ContenderEnvironment:
-        """Device and threads of the contenders; on a CPU each has a process of its own."""
+        """Returns the device and the threads of the contenders; on a CPU each has a process of its own."""
         mode = _AUTOTUNED if self.config.autotune else None
         return ContenderEnvironment(str(self.device), self.threads, mode, is_alone=self.device.type != "cuda")
 

@@ -114,7 +114,7 @@ class ExportSubject(Subject):
 
     @property
     def exports(self) -> dict[str, Artifact]:
-        """The export of each bit width."""
+        """Returns the export of each bit width."""
         return self._exports
 
     def full_precision(self) -> nn.Module:

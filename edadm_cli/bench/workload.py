@@ -78,7 +78,7 @@ class WorkItem:
 
     @property
     def shape(self) -> WorkItem:
-        """The item without its name: equal shapes take equal time."""
+        """Returns the item without its name, because equal shapes take equal time."""
         return replace(self, name="")
 
     def bytes_read(self, form: Form) -> float:

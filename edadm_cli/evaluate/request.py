@@ -75,17 +75,17 @@ class EvaluationRequest:
 
     @property
     def model(self) -> ModelRef:
-        """The model that was quantized."""
+        """Returns the model that was quantized."""
         return self.collected.model
 
     @property
     def entry(self) -> ModelEntry:
-        """The model's own defaults."""
+        """Returns the model's own defaults."""
         return self.collected.entry
 
     @property
     def dtype(self) -> str:
-        """Name of the element type that both pipelines compute in, as collected."""
+        """Returns the name of the element type that both pipelines compute in, as collected."""
         return self.collected.sampling.dtype
 
     def identity_fields(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class EvaluationRequest:
 
     @property
     def device(self) -> torch.device:
-        """The device of the pipelines and the feature extractors."""
+        """Returns the device of the pipelines and the feature extractors."""
         from edadm_cli.models.loading import resolve_device
 
         return resolve_device(self.config.device)

@@ -130,12 +130,12 @@ class EdadmQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """`save_pretrained` writes the packed tensors."""
+        """Returns true, because `save_pretrained` writes the packed tensors."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Deployed layers have no gradients."""
+        """Returns false, because deployed layers have no gradients."""
         return False
 
 

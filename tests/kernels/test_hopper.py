@@ -300,6 +300,14 @@ def test_code_is_kept_and_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").touch()
     monkeypatch.setenv(compilation.CACHE_VARIABLE, str(tmp_path / "file"))
     assert compilation.compiled(variant.source, variant.defines()) == code
+    for name in (compilation.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", _no_home)
+    assert compilation.compiled(variant.source, variant.defines()) == code
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 @needs_compiler

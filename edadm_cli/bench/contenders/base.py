@@ -79,7 +79,7 @@ class Preparation:
 
     @property
     def device(self) -> torch.device:
-        """The device of the contenders."""
+        """Returns the device of the contenders."""
         return torch.device(self.environment.device)
 
     def folder(self, name: str) -> Path:

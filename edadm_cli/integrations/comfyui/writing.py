@@ -57,7 +57,7 @@ class _Codes:
 
     @property
     def rotated_channels(self) -> int:
-        """The number of input channels that are rotated together; 1 without a rotation."""
+        """Returns the number of input channels that are rotated together; 1 without a rotation."""
         return 1 if self.rotation is None else self.rotation.size(self.codes.shape[1])
 
     def dequantized(self) -> Tensor:

@@ -40,7 +40,10 @@ def compiled(source: str, defines: Mapping[str, int], prelude: str = "", anew: b
     options = [*OPTIONS, *(f"-D{name}={value}" for name, value in defines.items())]
     version = nvrtc.nvrtcVersion()[1:]
     key = hashlib.sha256("\0".join([text, *options, str(version)]).encode()).hexdigest()
-    cached = _cache_folder() / f"{key}.cubin"
+    folder = _cache_folder()
+    if folder is None:
+        return _compile(text, source, options)
+    cached = folder / f"{key}.cubin"
     if not anew:
         try:
             return cached.read_bytes()
@@ -86,12 +89,15 @@ def _compile(text: str, name: str, options: list[str]) -> bytes:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def _cache_folder() -> Path:
-    """Returns the folder of compiled code."""
+def _cache_folder() -> Path | None:
+    """Returns the folder of compiled code; `None` for a user without a home, for whom every process compiles anew."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edadm" / "kernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edadm" / "kernels"
+    except RuntimeError:
+        return None
 
 
 def _store(path: Path, code: bytes) -> None:
