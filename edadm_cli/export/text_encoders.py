@@ -145,12 +145,14 @@ def _output(encoder: nn.Module, call: Call) -> Tensor:
     """Returns the states `[N, L, C]` of an encoder's last layer, in float64."""
     output = encoder(*call[0], **call[1])
     states = getattr(output, "last_hidden_state", None)
-    hidden = getattr(output, "hidden_states", None)
-    states = hidden[-1] if states is None and hidden else output[0] if states is None else states
+    if states is None:
+        hidden = getattr(output, "hidden_states", None)
+        states = hidden[-1] if hidden else output[0]
     return torch.as_tensor(states).double()
 
 
 def _errors(expected: Tensor, states: Tensor) -> dict[str, float]:
+    """Returns the mean cosine per token and the relative L2 distance of states `[N, L, C]` from those expected."""
     cosine = nn.functional.cosine_similarity(states, expected, dim=-1)
     return {
         "cosine": float(cosine.mean()),

@@ -60,8 +60,3 @@ def find_class(path: str) -> Any:
 def load_architecture(name: str) -> Architecture:
     """Reads a shipped architecture, such as `sd15`."""
     return Architecture.model_validate_json((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def known_architectures() -> list[str]:
-    """Returns the names of the shipped architectures."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))

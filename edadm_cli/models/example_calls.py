@@ -7,8 +7,6 @@ from torch import nn
 from edadm_cli.errors import InputError
 from edadm_cli.models.families import Call, ExampleValues, family_of
 
-__all__ = ["Call", "example_call"]
-
 
 def example_call(denoiser: nn.Module, *, batch_size: int, seed: int = 0, size: tuple[int, int] | None = None) -> Call:
     """Returns the arguments of one denoiser call, on the denoiser's device and in its element type.

@@ -22,8 +22,6 @@ from edadm_cli.models.families import DenoiserFamily, UnitKind, family_of, outer
 from edadm_cli.models.families.attention import is_attention
 from edadm_cli.models.families.layers import is_weighted
 
-__all__ = ["Trace", "TracedLayer", "Unit", "UnitKind", "trace", "units"]
-
 
 @dataclass(frozen=True)
 class TracedLayer:

@@ -35,8 +35,7 @@ def run(
             for place, task in tasks.items():
                 building.build(task, build.path / place, reporter)
             build.commit()
-        artifact = build.artifact
-        assert artifact is not None
+        artifact = build.finished()
     selection = Selection.load(artifact)
     return SelectRecord(
         **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),

@@ -3,7 +3,7 @@
 A strategy is an instance of a subclass of `SelectionStrategy`. Another package adds one by an entry point of the group
 `edadm.strategies`. `edadm select --strategy` and a recipe's `[select]` name it.
 
-The functions that compute import torch, so that its names can be checked without it.
+Only the functions that compute import torch, so that the name of a strategy can be checked without it.
 
 References:
     EDA-DM, arXiv 2401.04585 (TDAC); Q-Diffusion, arXiv 2302.04304 (equal counts); PTQ4DM, arXiv 2211.15736 (a normal
@@ -194,5 +194,5 @@ def _normal_cdf(x: float) -> float:
 
 
 def total_variation(counts: Sequence[int]) -> float:
-    """Returns the distance of counts from equal ones: half the sum of |n_i / N - 1 / T|, from 0 to 1."""
+    """Returns how far counts are from equal ones, from 0 to 1: half the sum of |n_i / N - 1 / T| over the steps."""
     return sum(abs(count / sum(counts) - 1 / len(counts)) for count in counts) / 2
