@@ -116,7 +116,7 @@ def model_card(facts: CardFacts, place: str = HERE, base_license: str | None = N
         "## Use",
         _usage(facts, place),
         "## How it was made",
-        _table(("", ""), list(_facts(facts))),
+        _table(("", ""), list(_how_it_was_made(facts))),
     ]
     if facts.evaluation is not None:
         parts += ["## Quality", _quality(facts.evaluation)]
@@ -153,7 +153,7 @@ def _usage(facts: CardFacts, place: str) -> str:
     return f"`pip install {packages}`, then\n\n```python\n{facts.use.code(place)}\n```"
 
 
-def _facts(facts: CardFacts) -> Iterator[tuple[str, str]]:
+def _how_it_was_made(facts: CardFacts) -> Iterator[tuple[str, str]]:
     """Yields the rows of the table that says how the export was made: a name and a value in Markdown."""
     coverage, sizes, selection = facts.units.coverage, facts.export.size_mib, facts.selection
     yield "bits", _bits(facts.bits)

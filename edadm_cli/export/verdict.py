@@ -31,14 +31,14 @@ def verdict(images: Tensor, plan: QuantizationPlan) -> list[str]:
         plan: The plan, which says which layers are quantized.
     """
     levels = images.float().flatten(1)
-    black = int((levels.mean(dim=1) < _BLACK_LEVEL).sum())
-    flat = int((levels.amax(dim=1) == levels.amin(dim=1)).sum())
-    sentences = []
-    if black or flat:
-        kind = "black" if black else "of one flat colour"
-        sentences.append(
-            f"{black or flat} of {len(images)} sampled images are {kind}: compare with full precision (edadm evaluate)."
-        )
+    is_black = levels.mean(dim=1) < _BLACK_LEVEL
+    is_flat = (levels.amax(dim=1) == levels.amin(dim=1)) & ~is_black
+    counts = {"black": int(is_black.sum()), "of one flat colour": int(is_flat.sum())}
+    sentences = [
+        f"{count} of {len(images)} sampled images are {kind}: compare with full precision (edadm evaluate)."
+        for kind, count in counts.items()
+        if count
+    ]
     widths = layers_by_width(plan)
     quantized = ", ".join(f"{count:,} in {_shown(width)}" for width, count in widths.items() if width != "float")
     left = widths.get("float", 0)

@@ -31,3 +31,8 @@ def test_black_and_flat_images_come_first() -> None:
     assert verdict(images, PLAN)[0].startswith("1 of 2 sampled images are black")
     images[1] = 200
     assert verdict(images, PLAN)[0].startswith("1 of 2 sampled images are of one flat colour")
+    images[0] = 0
+    assert [sentence.partition(":")[0] for sentence in verdict(images, PLAN)[:2]] == [
+        "1 of 2 sampled images are black",
+        "1 of 2 sampled images are of one flat colour",
+    ]
