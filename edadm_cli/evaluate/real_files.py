@@ -83,7 +83,7 @@ def check_headers(files: Sequence[Path]) -> None:
 
 
 def _read_picture(path: Path, size: tuple[int, int] | None) -> Tensor:
-    """Returns the pixels of a file as uint8 `(3, H, W)`; without a size it checks the header and returns `None`."""
+    """Returns the pixels of a file as uint8 `(3, H, W)`; without a size, checks the header and returns no pixels."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images, which are allowed here

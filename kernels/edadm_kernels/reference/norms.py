@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CODE_OFFSET = 128  # s = u - 128
+from edadm_kernels.pack import CODE_OFFSET
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
