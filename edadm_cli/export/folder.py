@@ -73,6 +73,7 @@ def write_pipeline(
 
 
 def _forget_place(path: Path) -> None:
+    """Removes from a configuration the place that its component was once loaded from."""
     config = load_json(path)
     if isinstance(config, dict) and any(config.get(key) for key in _PLACE_KEYS):
         save_json(path, {key: value for key, value in config.items() if key not in _PLACE_KEYS})

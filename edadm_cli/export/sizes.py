@@ -83,18 +83,21 @@ def _networks(model: LoadedModel) -> dict[str, nn.Module]:
 
 
 def _half_bytes(module: nn.Module) -> int:
+    """Returns the bytes of a network loaded in float16, in which quantized layers keep the types of their buffers."""
     total = 0
     for owner in module.modules():
-        keeps = isinstance(owner, QuantizedLayer | QuantizedAttention)
-        total += _bytes(owner.parameters(recurse=False), False) + _bytes(owner.buffers(recurse=False), keeps)
+        keeps_types = isinstance(owner, QuantizedLayer | QuantizedAttention)
+        total += _bytes(owner.parameters(recurse=False), keeps_types=False)
+        total += _bytes(owner.buffers(recurse=False), keeps_types=keeps_types)
     return total
 
 
-def _bytes(tensors: Iterable[Tensor], keeps: bool) -> int:
+def _bytes(tensors: Iterable[Tensor], *, keeps_types: bool) -> int:
+    """Returns the bytes of tensors whose floating-point numbers take two bytes each, unless they keep their types."""
     total = 0
     for tensor in tensors:
         parts = plain_tensors(tensor)
-        if keeps or len(parts) > 1 or not tensor.is_floating_point():
+        if keeps_types or len(parts) > 1 or not tensor.is_floating_point():
             total += sum(part.nbytes for part in parts)
         else:
             total += HALF_BYTES * tensor.numel()

@@ -36,6 +36,7 @@ BUSY = 2.0
 """The largest ratio of the median to the smallest time. A larger ratio means that other programs disturb the times."""
 _GIB = 2**30
 _ROUNDS, _FEWEST_ROUNDS, _SECONDS = 9, 3, 4.0
+"""Each denoiser is called `_ROUNDS` times, or at least `_FEWEST_ROUNDS` times once `_SECONDS` have passed."""
 
 
 def time_calls(run: RunFolder, export: Path, device: torch.device) -> CallTime:

@@ -8,6 +8,8 @@ from edadm_cli.errors import InputError
 from edadm_cli.models.architecture import DENOISER_NAMES, FURTHER_DENOISERS
 from edadm_cli.models.sources.files import read_json_object
 
+_LONGEST_SHOWN = 80  # characters of a method's name in a message
+
 
 def require_full_precision(folder: Path) -> None:
     """Checks that the configurations of a folder's denoisers name no quantization.
@@ -23,9 +25,9 @@ def require_full_precision(folder: Path) -> None:
         quantization = read_json_object(config).get("quantization_config") if config.is_file() else None
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            by = f" by '{method}'" if isinstance(method, str) else ""
+            by = f" by '{method[:_LONGEST_SHOWN]}'" if isinstance(method, str) else ""
             raise InputError(
-                f"The denoiser '{name}' of {folder} is quantized already{by[:80]}, and a model in full precision is "
+                f"The denoiser '{name}' of {folder} is quantized already{by}, and a model in full precision is "
                 "expected.",
                 hint="give --model the model that it was made from",
             )
