@@ -11,7 +11,7 @@ from edadm_cli.models.pipeline_calls.recorded_sampling import NoGradientError
 from edadm_cli.progress import Reporter
 from edadm_cli.reconstruct.task import Task
 
-_IMAGES = 8  # at most; the geometric mean of so many images' gains varies by a few percent
+_IMAGES = 8  # at most; a gain is a mean over them and the directions of each, and weights take its square root
 
 
 def measured_step_gains(task: Task, place: str, reporter: Reporter) -> Tensor | None:

@@ -80,9 +80,8 @@ def random_directions(final: Tensor, seeds: Sequence[int], seed: int) -> Tensor:
     """
     directions = []
     for image_seed in seeds:
-        generator = torch.Generator().manual_seed(
-            (~image_seed ^ seed) % 2**32
-        )  # `image_seed` itself seeds the image's noise
+        # `image_seed` itself seeds the image's noise
+        generator = torch.Generator().manual_seed((~image_seed ^ seed) % 2**32)
         directions.append(torch.randn((NUM_DIRECTIONS, *final.shape[1:]), generator=generator))
     return torch.stack(directions, 1).to(final)
 
