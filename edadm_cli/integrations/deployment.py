@@ -9,7 +9,7 @@ from torch import nn
 
 from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.integrations.notices import say_once
-from edadm_cli.quant.layer_product import LayerProduct
+from edadm_cli.quant.layers import LayerProduct
 from edadm_cli.quant.network import deploy
 
 

@@ -10,7 +10,7 @@ weights have groups, w_int is a code times the multiplier of its group (see `eda
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from edadm_cli.quant.buffers import keeping_float32
 from edadm_cli.quant.grid import dequantize, weight_grid
 from edadm_cli.quant.groups import codes_of, num_groups, packed_multipliers, per_weight, unpacked_multipliers
 from edadm_cli.quant.inputs import InputQuantizer
-from edadm_cli.quant.layer_product import LayerProduct
 from edadm_cli.quant.operation import Operation, weight_shape
 from edadm_cli.quant.packing import pack, unpack
 from edadm_cli.quant.plan import LayerPlan
@@ -31,6 +30,32 @@ Arithmetic = Literal["fake-quantize", "integer"]
 
 _OFFLOADERS = {"_hf_hook", "_diffusers_hook"}
 """Attributes of a layer whose tensors accelerate or diffusers load for every forward and remove after it."""
+
+
+class LayerProduct(Protocol):
+    """Multiplies the codes of layers in integers; one object serves all layers of a network.
+
+    A layer asks its product whenever its tensors have moved or changed (`prepare`) and in every forward (`runs`,
+    then the call), so `runs` and the call are written such that `torch.compile` can trace them.
+    """
+
+    def prepare(self, layer: QuantizedLayer) -> None:
+        """Computes further tensors that a call needs, if the layer is on a device that this product supports.
+
+        These tensors are non-persistent buffers of the layer; buffers of an earlier call are replaced.
+        """
+
+    def join(self, model: nn.Module) -> None:
+        """Finds layers of a model that may be multiplied together; called once all of them have this product."""
+
+    def runs(self, layer: QuantizedLayer) -> bool:
+        """Returns whether the layer is prepared on the device of its codes."""
+
+    def fall_back(self, layer: QuantizedLayer) -> None:
+        """Reports once why a layer computes in floating point; called by eager forwards in floating point."""
+
+    def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
+        """Returns the layer's output for `x`, in the element type of `x`."""
 
 
 class QuantizedLayer(nn.Module):

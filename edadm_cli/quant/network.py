@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from edadm_cli.errors import InputError
 from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
 from edadm_cli.quant.groups import codes_of
-from edadm_cli.quant.layer_product import LayerProduct
-from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_layers
+from edadm_cli.quant.layers import LayerProduct, QuantizedLayer, quantized_layer, quantized_layers
 from edadm_cli.quant.plan import QuantizationPlan, part_name
 from edadm_cli.quant.split_layer import SplitLayer
 from edadm_cli.quant.storage import stored_bits
