@@ -6,6 +6,7 @@
 
 The quantized denoiser is the same in all rows: its ranges and rounding were learned on trajectories of the model's own
 sampler. Both precisions sample with the scheduler of the row, from the same noise and prompts, in as many steps.
+The scheduler of the pipeline itself comes first.
 `final` is the relative L2 distance of the final latents, `top1` the share of the pictures whose name ranks first.
 """
 
@@ -20,15 +21,21 @@ from study.rows_of_run import print_table, rows_parser
 
 FEWEST_JUDGED = 100  # retrieval of fewer pictures says nothing
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "DDIM": ("DDIMScheduler", {"clip_sample": False}),
     "Euler": ("EulerDiscreteScheduler", {}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "DDIM": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
     "DPM-Solver++, order 2": ("DPMSolverMultistepScheduler", {}),
     "DPM-Solver++, order 3": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
     "UniPC": ("UniPCMultistepScheduler", {}),
     "LMS, order 4": ("LMSDiscreteScheduler", {}),
     "Heun": ("HeunDiscreteScheduler", {}),
 }
-"""By name, the class in diffusers and the settings that differ from those of the pipeline's own scheduler."""
+"""By name, the class in diffusers and the settings that are not taken from the pipeline's own scheduler."""
+
+
+def own_name(scheduler: Any) -> str:
+    """Returns the short name of a pipeline's own scheduler, such as `Euler` for `EulerDiscreteScheduler`."""
+    return type(scheduler).__name__.removesuffix("Scheduler").removesuffix("Discrete")
 
 
 def measure(run: Path, bits: Sequence[str], images: int, device: str, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -52,10 +59,11 @@ def measure(run: Path, bits: Sequence[str], images: int, device: str, names: Seq
             quantize_network(models[width].denoiser, load_plan(artifact))
             load_quant_params(models[width].denoiser, artifact.tensors("quant_params.safetensors"))
     original = models[""].pipeline.scheduler
+    own = own_name(original)
     judged, asked = judge(device), labels(prompts_of(collected, images, 0))
     rows = []
-    for name in ("", *names):
-        class_name, changes = SCHEDULERS.get(name, (type(original).__name__, {}))
+    for name in (own, *(name for name in names if name != own)):
+        class_name, changes = (type(original).__name__, {}) if name == own else SCHEDULERS[name]
         kind = getattr(diffusers, class_name)
         exact = None
         for width, model in models.items():
@@ -63,7 +71,7 @@ def measure(run: Path, bits: Sequence[str], images: int, device: str, names: Seq
             pictures, latents = generate(model, collected, 0, images, images)
             exact = latents if exact is None else exact
             distances = relative_l2(latents, exact)
-            label = name or f"{kind.__name__}, its own"
+            label = f"{own}, its own" if name == own else name
             row: dict[str, Any] = {"model": collected.entry.name, "scheduler": label, "bits": width, "images": images}
             row |= {"final": float(distances.mean()), "median": float(distances.median())}
             rows.append(row | judged.metrics(judged.features(pictures), asked))

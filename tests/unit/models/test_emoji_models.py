@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
 from edadm_cli.errors import InputError
 from edadm_cli.models.digits.data import WEIGHTS as DIGITS
 from edadm_cli.models.emoji import data
 from edadm_cli.models.emoji.captions import STYLES, prompt_of
 from edadm_cli.models.emoji.encoder import load_picture_encoder, name_vectors
+from edadm_cli.models.emoji.train.networks import noise_scheduler
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.shipped import shipped_prompts
 from edadm_cli.models.sources.folder import read_folder
@@ -48,6 +51,14 @@ def test_both_pipelines_share_one_copy_of_their_parts() -> None:
     assert places["emoji-sd"]["vae"] == places["emoji-dit"]["vae"]
     assert places["emoji-dit"]["text_encoder"] == places["emoji-dit"]["text_encoder_2"]
     assert folders["emoji-sd"].fingerprint() != folders["emoji-dit"].fingerprint()
+
+
+def test_emoji_sd_ships_the_scheduler_of_its_training_which_has_the_noise_of_ddpm() -> None:
+    trained = noise_scheduler()
+    shipped = EulerDiscreteScheduler.from_pretrained(data.model_folder("emoji-sd") / "scheduler")
+    assert json.loads(shipped.to_json_string()) == json.loads(trained.to_json_string())
+    noise = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    assert torch.equal(trained.alphas_cumprod, noise.alphas_cumprod)
 
 
 def test_a_folder_elsewhere_shares_nothing(tmp_path: Path) -> None:

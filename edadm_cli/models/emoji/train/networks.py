@@ -5,8 +5,8 @@ from __future__ import annotations
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
@@ -118,15 +118,18 @@ def build_pixel_unet(small: bool) -> UNet2DModel:
     )
 
 
-def noise_scheduler() -> PNDMScheduler:
-    """Returns Stable Diffusion 1.5's scheduler."""
-    return PNDMScheduler(
+def noise_scheduler() -> EulerDiscreteScheduler:
+    """Returns the scheduler of `emoji-sd`: Stable Diffusion 1.5's noise and timesteps, sampled by Euler steps.
+
+    The training reads its `alphas_cumprod` alone, and mixes latents and noise itself: `add_noise` of an Euler scheduler
+    does not scale the latents down.
+    """
+    return EulerDiscreteScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
+        timestep_spacing="leading",
         steps_offset=1,
         prediction_type="epsilon",
     )
