@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner import link_collection, variant_recipe
+from learner_table import listed
 from study.emoji_rows import KEYS, MODELS, SMALL_MODEL, Row, rows_in_order
 from study.emoji_shared import (
     Study,
@@ -232,7 +233,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--rows",
         type=Path,
-        help="a file of exported rows, which a study does not measure again and --export writes too; its table is"
+        nargs="+",
+        help="files of exported rows, which a study does not measure again and --export writes too; their table is"
         " printed without --out",
     )
     parser.add_argument("--bits", default="", help="with --rows, bit widths that the table shows beside full precision")
@@ -295,7 +297,7 @@ def read_options() -> argparse.Namespace:
 
 def print_tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Prints what the command line asks for of exported rows."""
-    shown: dict[str, list[str]] = {"model": options.models.split(","), "seed": options.seeds.split(",")}
+    shown: dict[str, list[str]] = {"model": listed(options.models), "seed": options.seeds.split(",")}
     rows = [row for row in rows if all(str(row[key]) in names for key, names in shown.items())]
     if options.steps or options.summary:
         print(steps_table(rows) if options.steps else summary_table(rows, options.summary))
@@ -308,7 +310,7 @@ def print_tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> Non
 def main() -> None:
     """Runs the study, or prints or writes what was measured."""
     options = read_options()
-    earlier = [] if options.rows is None else [json.loads(line) for line in options.rows.read_text().splitlines()]
+    earlier = [json.loads(line) for file in options.rows or () for line in file.read_text().splitlines()]
     if options.out is None:
         print_tables(earlier, options)
         return

@@ -43,6 +43,11 @@ def read_rows(places: Iterable[Path]) -> list[Row]:
     return list(rows.values())
 
 
+def listed(text: str) -> list[str]:
+    """Returns the names of a list with commas; a comma before a space belongs to a name such as `emoji-sd, PNDM`."""
+    return re.split(r",(?! )", text)
+
+
 def export(rows: Sequence[Row], path: Path) -> None:
     """Writes the rows with their metrics alone, one JSON object per line, in a fixed order."""
     lines = []
@@ -186,7 +191,7 @@ def main() -> None:
     if options.export is not None:
         export(rows, options.export)
     for key, text in (("bits", options.bits), ("model", options.models)):
-        rows = [row for row in rows if text is None or row[key] in text.split(",")]
+        rows = [row for row in rows if text is None or row[key] in listed(text)]
     if options.across is not None:
         print(across(rows, options.across.split(";"), options.columns.split(",")))
         return
