@@ -15,13 +15,16 @@ from torch import nn
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.emoji.captions import MAX_TOKENS, STYLES, captions_of
-from edadm_cli.models.emoji.data import real_pictures
+from edadm_cli.models.emoji.data import WEIGHTS, real_pictures
+from edadm_cli.models.emoji.encoder import load_picture_encoder
 from edadm_cli.models.emoji.train import __main__ as program
 from edadm_cli.models.emoji.train import loop
 from edadm_cli.models.emoji.train.corpus import Pictures
 from edadm_cli.models.emoji.train.loop import Schedule, fit
+from edadm_cli.models.emoji.train.measure import Judge
 from edadm_cli.models.emoji.train.names import WordSplitter, words_of
 from edadm_cli.models.emoji.train.packed import load_packed, pack, small_pictures
+from edadm_cli.models.emoji.train.pipelines import load_tokenizer
 from edadm_cli.models.emoji.train.prepare import held_out_names, prepare, svg_of
 from edadm_cli.models.emoji.train.settings import TrainSettings
 
@@ -167,6 +170,17 @@ def test_the_pixel_stage_leaves_a_pipeline_that_can_be_collected_from(packed: Pa
     assert (collected.entry.num_steps, collected.entry.image_size, collected.guidance_scale) == (50, 32, None)
     assert collected.sampling.scheduler.class_name == "DDIMScheduler"
     assert collected.sampling.scheduler.config["clip_sample"] is False
+
+
+def test_the_shipped_weights_are_measured_and_never_trained(tmp_path: Path) -> None:
+    words = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu", "--weights", str(WEIGHTS)]
+    settings = program.settings_of(program.build_parser().parse_args(["measure", *words]))
+    assert settings.weights == WEIGHTS
+    pictures = real_pictures()[:2]
+    features, _ = Judge(settings, load_tokenizer(settings)).pictures(pictures)
+    torch.testing.assert_close(features, load_picture_encoder()(pictures.float() / 255).features)
+    with pytest.raises(UsageError, match="--weights goes with"):
+        program.settings_of(program.build_parser().parse_args(["encoder", *words]))
 
 
 def test_only_the_pixel_stage_takes_a_file(packed: Path, tmp_path: Path) -> None:

@@ -78,12 +78,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pictures", type=int, default=2000, help="pictures that measure a model, 0 for none")
     parser.add_argument("--models", default=f"{UNET},{TRANSFORMER},{PIXEL}", help="models to measure or to show")
     parser.add_argument("--ship", type=Path, default=WEIGHTS, help="folder that package writes: %(default)s")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="folder of the weights to measure or to show, such as that of the shipped ones; by default OUT/weights",
+    )
     parser.add_argument("--guidance", default="3", help="guidance scales to measure or to show, comma-separated")
     return parser
 
 
 def settings_of(options: argparse.Namespace) -> TrainSettings:
-    """Turns the options into settings, and joins the other processes under torchrun."""
+    """Turns the options into settings, and joins the other processes under torchrun.
+
+    Raises:
+        UsageError: The stage writes weights, and is given a folder of weights to read.
+    """
+    if options.weights is not None and options.stage not in ("sheets", "measure"):
+        raise UsageError(f"--weights goes with the stages sheets and measure, found {options.stage}.")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -100,6 +111,7 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
         seconds=options.seconds, steps=options.steps, stop_after=left,
         finish=options.finish, wait=options.wait, batch_size=options.batch_size,
         limit=options.limit, small=options.small, compile=options.compile,
+        trained=options.weights,
     )  # fmt: skip
 
 

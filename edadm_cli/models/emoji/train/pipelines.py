@@ -39,13 +39,22 @@ def write_text_encoder(encoder: CLIPTextModelWithProjection, folder: Path) -> No
     config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def load_tokenizer(settings: TrainSettings) -> CLIPTokenizer:
+    """Returns the tokenizer that ships beside the weights, or that of the prepared data where they have none.
+
+    Data that was prepared with another release of `tokenizers` may number a few tokens otherwise.
+    """
+    shipped = settings.weights / "shared" / "tokenizer"
+    return CLIPTokenizer.from_pretrained(shipped if shipped.is_dir() else settings.data / TOKENIZER)
+
+
 def text_to_image_pipeline(settings: TrainSettings) -> DiffusionPipeline:
     """Returns the Stable Diffusion pipeline of the trained components."""
     shared = settings.weights / "shared"
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(shared / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(shared / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(settings.data / TOKENIZER),
+        tokenizer=load_tokenizer(settings),
         unet=UNet2DConditionModel.from_pretrained(settings.weights / UNET / "unet"),
         scheduler=noise_scheduler(),
         safety_checker=None,
@@ -58,7 +67,7 @@ def flow_pipeline(settings: TrainSettings) -> DiffusionPipeline:
     """Returns the Stable Diffusion 3 pipeline of the trained components, with one text encoder in two places."""
     shared = settings.weights / "shared"
     encoder = CLIPTextModelWithProjection.from_pretrained(shared / "text_encoder")
-    tokenizer = CLIPTokenizer.from_pretrained(settings.data / TOKENIZER)
+    tokenizer = load_tokenizer(settings)
     autoencoder = AutoencoderKL.from_pretrained(shared / "vae")
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel.from_pretrained(settings.weights / TRANSFORMER / "transformer"),

@@ -25,6 +25,7 @@ from edadm_cli.models.emoji.train.pipelines import (
     PIXEL,
     UNET,
     flow_pipeline,
+    load_tokenizer,
     pixel_pipeline,
     text_to_image_pipeline,
     write_json,
@@ -60,8 +61,7 @@ def show(corpus: Corpus, settings: TrainSettings, options: argparse.Namespace) -
 
 def measure(corpus: Corpus, settings: TrainSettings, options: argparse.Namespace) -> None:
     """Measures each model at each guidance scale, and compares real pictures with real pictures."""
-    tokenizer = text_to_image_tokenizer(settings)
-    judge = Judge(settings, tokenizer)
+    judge = Judge(settings, load_tokenizer(settings))
     for model in options.models.split(","):
         result: dict[str, Any] = {"model": model, "floor": real_floor(judge, corpus, options.pictures)}
         pipeline = pipeline_of(model, settings)
@@ -75,12 +75,3 @@ def measure(corpus: Corpus, settings: TrainSettings, options: argparse.Namespace
                 for guidance in options.guidance.split(",")
             ]
         write_json(settings.out / "records" / f"measure-{model}-{options.guidance}.json", result)
-
-
-def text_to_image_tokenizer(settings: TrainSettings) -> Any:
-    """Returns the tokenizer of the prepared data."""
-    from transformers import CLIPTokenizer
-
-    from edadm_cli.models.emoji.train.prepare import TOKENIZER
-
-    return CLIPTokenizer.from_pretrained(settings.data / TOKENIZER)

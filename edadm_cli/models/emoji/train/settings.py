@@ -30,6 +30,7 @@ class TrainSettings:
         limit: The number of pictures to use, for tests; `None` uses all.
         small: Whether to use tiny networks, for tests.
         compile: Whether to compile the network with `torch.compile`.
+        trained: The folder of the weights that are measured or shown; `None` takes those that `out` receives.
     """
 
     data: Path
@@ -47,11 +48,12 @@ class TrainSettings:
     limit: int | None = None
     small: bool = False
     compile: bool = False
+    trained: Path | None = None
 
     @property
     def weights(self) -> Path:
         """Returns the folder of the files that ship."""
-        return self.out / "weights"
+        return self.out / "weights" if self.trained is None else self.trained
 
     def generator(self, *parts: str | int, device: str | torch.device | None = None) -> torch.Generator:
         """Returns a generator for one named piece of work, on the run's device unless another is given."""
