@@ -16,9 +16,10 @@ so that a later command with another number of pictures measures them without le
 their importance, but none is begun that would not end within `--seconds`, by the times of the rows before it. Nothing
 is downloaded.
 
-Metrics of a row, over `--images` pictures of one seed each, which no calibration has seen:
+Metrics of a row, over `--images` pictures of one seed each. No calibration has seen their noise, but the first prompts
+are those of the calibration trajectories, because `collect` and `evaluate` draw them with the same seed:
 
-- `one_step`, `guided`: relative L2 error of single predictions on held-out full-precision trajectories (`--held-out`
+- `one_step`, `guided`: relative L2 error of single predictions on other full-precision trajectories (`--held-out`
   of them), of both branches and of the guided combination; `held_out`: loss of the units on them;
 - `final`: relative L2 distance of the final latent to full precision of the same seed, mean over the pictures;
 - `ssim`, `perceptual`, `perceptual_imagenet`: comparison of the pictures with full precision of the same seed; the last

@@ -1,4 +1,7 @@
-"""How `benchmarks/learner.py` judges a quantized denoiser: on trajectories that it has not learned from."""
+"""How `benchmarks/learner.py` judges a quantized denoiser: on trajectories that it has not learned from.
+
+Their noise is new; their prompts are those of the calibration trajectories.
+"""
 
 from __future__ import annotations
 

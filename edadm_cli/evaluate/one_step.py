@@ -4,7 +4,8 @@ $$ e_t = \frac{\lVert \epsilon_q(x_t) - \epsilon(x_t) \rVert_2}{\lVert \epsilon(
 g_t = \frac{\lVert x_t^q - x_t \rVert_2}{\lVert x_t \rVert_2} $$
 
 The one-step error $e_t$ compares both denoisers on the inputs $x_t$ of the full-precision trajectory, so that errors of
-earlier steps do not contribute. The growth $g_t$ compares the trajectories of the two pipelines from the same noise.
+earlier steps do not contribute. Calibration has not seen the noise of these trajectories; it may have seen their
+prompts. The growth $g_t$ compares the trajectories of the two pipelines from the same noise.
 The final distance is a noisy measure of a recipe, because errors of successive steps add coherently; the one-step error
 is not. With guidance the error is also that of the guided prediction, $\epsilon_u + s (\epsilon_c - \epsilon_u)$.
 """

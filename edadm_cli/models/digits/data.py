@@ -67,7 +67,7 @@ def prompts(num_prompts: int, seed: int) -> list[str]:
     """Returns `num_prompts` captions in which every digit occurs equally often, to within one.
 
     The same holds for the captions of each digit. Prompts 0 to 9, 10 to 19 and so on name each digit once, in a seeded
-    order. A longer list with the same seed starts with the shorter one.
+    order. A longer list with the same seed starts with the shorter one, and 240 prompts hold every caption once.
 
     Raises:
         UsageError: `num_prompts` is negative.

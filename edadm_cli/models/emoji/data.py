@@ -71,8 +71,9 @@ def names(root: Path = WEIGHTS) -> dict[str, Any]:
 def prompts(num_prompts: int, seed: int) -> list[str]:
     """Returns `num_prompts` prompts, each for one of the 500 retrieval names in a style that has the name.
 
-    The order is seeded. A longer list with the same seed starts with the shorter one, and no prompt is repeated before
-    all prompts have occurred once.
+    The order is seeded. A longer list with the same seed starts with the shorter one, so that an evaluation with the
+    seed of a collection begins with the prompts of its trajectories. No prompt is repeated before all prompts have
+    occurred once.
     """
     if num_prompts < 0:
         raise UsageError(f"The number of prompts is 0 or more, found {num_prompts}.")

@@ -277,7 +277,7 @@ def test_the_one_step_error_is_that_of_both_denoisers_on_the_same_inputs(text_ru
     record = stage.run(_config(), text_run)
     error = text_run.open("evaluate", "w4a8").json("evaluation.json")["one_step"]
     distance = record.distance_to_full_precision
-    assert error["num_images"] == 5, "a batch of the evaluation's own images, which no calibration has seen"
+    assert error["num_images"] == 5, "a batch of the evaluation's own images, whose noise no calibration has seen"
     assert (distance.one_step_rel_l2, distance.guided_one_step_rel_l2) == (error["rel_l2"], error["guided_rel_l2"])
     assert 0 < error["rel_l2"] < error["guided_rel_l2"], "guidance amplifies the difference of the branches"
     assert min(error["by_step"]) <= error["rel_l2"] <= max(error["by_step"])
