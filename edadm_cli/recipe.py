@@ -191,7 +191,7 @@ class LearnRecipe(_Frozen):
     network_step_weights: Literal["alike", "effect"] = later(
         "alike",
         description="what the share of a sampler step's error that is left counts: alike for all steps, or as much as"
-        " random errors of its size move the final sample",
+        " the error moves the final sample",
     )
 
 

@@ -128,7 +128,7 @@ class BlockReconstruction:
         number: int,
         batches: Batches,
         advance: Callable[[int], None],
-        step_gains: Tensor | None = None,
+        step_effects: Tensor | None = None,
     ) -> UnitLosses:
         """Learns units that have learned by themselves once more, all together, and freezes the result.
 
@@ -137,7 +137,8 @@ class BlockReconstruction:
             number: The number of units of the denoiser.
             batches: The samples to learn from, which need not be those of the units.
             advance: Progress callback, called after every iteration.
-            step_gains: The gain of each sampler step, `(T,)`, by which it counts; without them all steps count alike.
+            step_effects: How far the errors of each sampler step move the final sample, `(T,)`; without them all steps
+                count alike.
         """
         checkpoints, processes = self.workspace.checkpoints, self.workspace.processes
         whole = whole_denoiser(self.network, units)
@@ -145,7 +146,7 @@ class BlockReconstruction:
         processes.wait()
         if result is None:
             together = WholeReconstruction(
-                self.network, self.plan, self.ranges, batches, self.hyperparameters, step_gains
+                self.network, self.plan, self.ranges, batches, self.hyperparameters, step_effects
             )
             seed = unit_seed(self.seed, number)
             result = together.learn(whole, self.params, seed, self.workspace.cache, advance, processes)

@@ -25,7 +25,7 @@ from edadm_cli.reconstruct.memory import rows_budget
 from edadm_cli.reconstruct.planned import planned_context
 from edadm_cli.reconstruct.preparation import arithmetic
 from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache
-from edadm_cli.reconstruct.step_gains import measured_step_gains
+from edadm_cli.reconstruct.step_effects import measured_effects
 from edadm_cli.reconstruct.summary import no_blocks, quantized_names, report_gaps, summary
 from edadm_cli.reconstruct.task import Task
 from edadm_cli.reconstruct.unit_data import UnitResult
@@ -132,9 +132,9 @@ def _learn_together(
         return None
     batches = _of_all_steps(task, place, reporter) or context.batches
     weighted = task.hyperparameters.network_step_weights == "effect"
-    gains = measured_step_gains(task, place, reporter) if weighted else None
+    effects = measured_effects(task, place, context.network.denoiser, reporter) if weighted else None
     with reporter.task("learn all units together", iterations) as advance:
-        return reconstruction.learn_together(context.learning, len(context.units), batches, advance, gains)
+        return reconstruction.learn_together(context.learning, len(context.units), batches, advance, effects)
 
 
 def _of_all_steps(task: Task, place: str, reporter: Reporter) -> Batches | None:

@@ -133,8 +133,8 @@ class WholeReconstruction:
         ranges: The ranges that were searched, to which the rounding of the units belongs.
         batches: The samples to learn from.
         hyperparameters: The numbers of the optimization of units; see `hyperparameters_of`.
-        step_gains: The squared change of the final sample per squared random error of each sampler step's prediction,
-            `(T,)`; without them all steps count alike.
+        step_effects: How far the errors of each sampler step, as the units have learned, move the final sample, `(T,)`;
+            without them all steps count alike.
     """
 
     def __init__(
@@ -144,9 +144,9 @@ class WholeReconstruction:
         ranges: Mapping[str, Tensor],
         batches: Batches,
         hyperparameters: Hyperparameters,
-        step_gains: Tensor | None = None,
+        step_effects: Tensor | None = None,
     ) -> None:
-        self.step_gains = step_gains
+        self.step_effects = step_effects
         self.network, self.plan, self.ranges, self.batches = network, plan, ranges, batches
         self.hyperparameters = hyperparameters_of(hyperparameters)
 
@@ -225,34 +225,34 @@ class WholeReconstruction:
             losses[places.start : places.stop] = row_losses(outputs, targets, len(places))
         processes.sum(losses)
         steps = torch.tensor(self.batches.step_of_rows(), device=losses.device)
-        weights = step_weights(losses, steps, self.step_gains)
+        weights = step_weights(losses, steps, self.step_effects)
         factors = cache.allocate(calls.rows, RowType((), torch.float32))
         factors.write(range(calls.rows), weights[steps].sqrt().float())
         return cache.settle(factors, calls.rows) if cache.shared else factors
 
 
-def step_weights(losses: Tensor, steps: Tensor, gains: Tensor | None) -> Tensor:
+def step_weights(losses: Tensor, steps: Tensor, effects: Tensor | None) -> Tensor:
     r"""Returns the weight of the rows of each sampler step, `(T,)`, with which the mean over all rows begins at 1.
 
-    Rows of step t, whose mean loss is E_t, get the weight 1 / E_t without gains: each step counts by how much of its
+    Rows of step t, whose mean loss is E_t, get the weight 1 / E_t without effects: each step counts by how much of its
     error is left. Otherwise the steps with the largest errors, which are those of nearly clean samples, would decide
     alone, and they change the final sample least.
 
-    With the gains G_t the weight is sqrt(G_t / E_t). An error of size sqrt(E_t) moves the final sample by about
-    c_t = sqrt(G_t E_t), and errors of the steps add up to at most the sum of these. By the inequality of Cauchy and
-    Schwarz its square is at most the sum of c_t times the sum of c_t e_t / E_t, where e_t is the loss of the step while
-    learning goes on: so each step counts by how much of its error is left, times c_t.
+    With the effects c_t the weight is c_t / E_t. Errors of the steps move the final sample by at most the sum of these
+    effects. While learning goes on, the loss of a step becomes e_t and its effect about c_t sqrt(e_t / E_t); by the
+    inequality of Cauchy and Schwarz the square of their sum is at most the sum of c_t times the sum of c_t e_t / E_t.
+    So each step counts by how much of its error is left, times c_t.
 
     Args:
         losses: The loss of each row before learning, `(rows,)`.
         steps: The sampler step of each row, `(rows,)`.
-        gains: The gain of each step, `(T,)`.
+        effects: How far the errors of each step move the final sample, `(T,)`.
     """
     counts = steps.bincount()
     means = losses.new_zeros(len(counts)).index_add(0, steps, losses) / counts
     present = means.nan_to_num()
     smallest = max(_SMALLEST_ERROR * float(present.max()), torch.finfo(torch.float32).tiny)
     errors = means.clamp(min=smallest)
-    weights = errors.reciprocal() if gains is None else (gains.to(losses)[: len(errors)] / errors).sqrt()
+    weights = errors.reciprocal() if effects is None else effects.to(losses)[: len(errors)] / errors
     scale = (weights * present).nan_to_num() @ counts.to(losses) / len(losses)
     return weights / scale if scale > 0 else weights

@@ -159,7 +159,7 @@ def test_without_gradients_of_the_sampler_all_steps_count_alike(
     record = reconstruct.run(config_of("w3a8", recipe.model_copy(update={"learn": learn})), run)
     assert not record.warnings
     params = run.open("reconstruct", "w3a8").tensors("quant_params.safetensors")
-    monkeypatch.setattr("edadm_cli.reconstruct.step_gains.step_gains", refuse)
+    monkeypatch.setattr("edadm_cli.reconstruct.step_effects.error_effects", refuse)
     record = reconstruct.run(config_of("w3a8", recipe.model_copy(update={"learn": learn})), run, force=True)
     assert [warning for warning in record.warnings if "all sampler steps count alike" in warning]
     alike = run.open("reconstruct", "w3a8").tensors("quant_params.safetensors")

@@ -32,7 +32,7 @@ from edadm_cli.models.sources.from_folder import first_sentence
 
 NUM_DIRECTIONS = 4
 """K, the number of random directions per image."""
-_SMALLEST_GAIN = 1e-18  # so that a step without any effect has a logarithm
+_SMALLEST_EFFECT = 1e-9  # so that a call without any has a logarithm
 
 Through = Callable[[RecordedCall, Sequence[Tensor]], list[list[Tensor]]]
 """Takes the adjoints of a call's prediction, one per direction, back through its denoiser; returns for each of them the
@@ -176,20 +176,27 @@ def explained_gradients(model: LoadedModel) -> Iterator[None]:
         ) from error
 
 
-def step_gains(
+def error_effects(
     model: LoadedModel,
     sampling: Sampling,
-    num_steps: Mapping[str, int],
+    place: str,
+    quantized: nn.Module,
     count: int,
     seed: int,
     advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, Tensor]:
-    """Returns the gain of each step of each denoiser, `(T,)` float64, as the geometric mean over some images.
+) -> Tensor:
+    r"""Returns how far the error of each call of a quantized denoiser moves the final sample, `(calls,)` float64.
+
+    The error e of a call, with the inputs that the sampler has in full precision, changes the final sample by J e to
+    first order. For a direction v of independent standard normal numbers, the mean of <J^T v, e>^2 is |J e|^2. The
+    effect of a call is its root, and the geometric mean over the images: a few of them are far more sensitive than
+    the others, and would decide an arithmetic mean alone.
 
     Args:
         model: The pipeline in full precision.
         sampling: How the images of its collection were sampled.
-        num_steps: By the place of each denoiser, the steps at which it is called.
+        place: Which denoiser is quantized.
+        quantized: The quantized denoiser.
         count: How many of the images are sampled again.
         seed: The seed of the random directions.
         advance: Progress callback, called after every call of a denoiser in the sweep.
@@ -199,18 +206,26 @@ def step_gains(
         MachineError: The device ran out of memory.
     """
     images, denoisers = slice(0, count), model.by_denoiser()
+    effects: list[Tensor] = []
     freeze(model)
 
     def through(call: RecordedCall, adjoints: Sequence[Tensor]) -> list[list[Tensor]]:
+        if call.place == place:
+            args, kwargs, _ = call.with_leaves()
+            with torch.no_grad():
+                error = prediction_of(quantized(*args, **kwargs)) - call.prediction
+                moved = torch.stack([_guided(adjoint * error, count).double().sum(1) for adjoint in adjoints])
+            effects.insert(0, moved.square().mean(0).sqrt())
         return gradients_through(denoisers[call.place].denoiser, call, adjoints, {})[0]
 
     with explained_gradients(model):
         recorded = record_images(model, sampling, images)
         directions = random_directions(recorded.final, sampling.seeds[images], seed)
-        gains = sweep_back(recorded, directions, num_steps, through, advance)
-    if not all(bool(each.isfinite().all()) for each in gains.values()):
+        sweep_back(recorded, directions, dict.fromkeys(denoisers, 1), through, advance)
+    of_images = torch.stack(effects)
+    if not bool(of_images.isfinite().all()):
         raise NoGradientError(f"{model.ref.id}: the gradient of the final sample is not finite.")
-    return {place: each.clamp_min(_SMALLEST_GAIN).log().mean(1).exp() for place, each in gains.items()}
+    return of_images.clamp_min(_SMALLEST_EFFECT).log().mean(1).exp()
 
 
 def _guided(adjoint: Tensor, images: int) -> Tensor:
