@@ -183,12 +183,12 @@ def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) ->
         if row is None:
             return
         try:
-            ready(study, row.model, row.seed, "trajectories", collect_trajectories)
+            ready(study.of(row), row.model, row.seed, "trajectories", collect_trajectories)
             say("begun", row=row.name)
             if not row.bits:
                 exact_pictures(study, row)
                 continue
-            result = {**asdict(row), "variant": row.variant, **measure(study, row)}
+            result = {**asdict(row), "variant": row.variant, **measure(study.of(row), row)}
         except Exception as error:  # noqa: BLE001 - one failed row must not end the study
             say("failed", row=row.name, error=f"{type(error).__name__}: {error}")
             continue
@@ -211,7 +211,8 @@ def start(options: argparse.Namespace, until: float) -> None:
 
 def run_workers(options: argparse.Namespace, gpus: list[str], pipes: str, until: float) -> None:
     """Runs the workers to their end; `pipes` is the start of the pipe directories of MPS daemons, or empty."""
-    shutil.rmtree(options.out / "claims", ignore_errors=True)
+    for claims in (options.out / "claims", *options.out.glob("*-trajectories/claims")):
+        shutil.rmtree(claims, ignore_errors=True)
     processes = []
     threads = max(1, len(os.sched_getaffinity(0)) // options.workers)
     for number in range(options.workers):

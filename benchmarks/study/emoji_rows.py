@@ -20,9 +20,8 @@ VARIANTS = {
     "+learn.activation_learning_rate=0.001",
     "network-wise": "network-wise",
     "network-wise, steps alike": "network-wise+learn.network_step_weights=alike",
-    "network-wise, float inputs": "network-wise+ranges.float_input_share=0.05",
-    "network-wise, codes fixed": "network-wise+learn.network_learning_rate=0.000000001",
-    "network-wise, 300 of 256 samples": "default+learn.network_iterations=300",
+    "network-wise, 256 trajectories, steps alike": "network-wise+learn.network_step_weights=alike"
+    "+learn.network_samples=4096+select.samples_per_trajectory=4",
     "thorough": "thorough",
     "thorough, 300 iterations": "thorough+learn.iterations=300",
     "thorough, 300 iterations, all inputs quantized": "thorough+learn.iterations=300+ranges.float_input_share=0",
@@ -44,6 +43,8 @@ VARIANTS = {
     "hadamard-64": 'default+transforms=[{"name":"hadamard-64"}]',
     "gamma 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
 }
+TRAJECTORIES = {"network-wise": 1024, "network-wise, steps alike": 1024}
+"""By label, trajectories per collection, where they are not the model's number."""
 MODELS, SMALL_MODEL = ("emoji-sd", "emoji-dit"), "ddpm-emoji"
 FULL_PRECISION = "full precision"  # the label of rows without bits
 PUBLISHED_ITERATIONS = 1000  # what "model" stands for
@@ -127,11 +128,8 @@ def _waves(seeds: list[int]) -> list[list[Line]]:
         ],
         [
             (("network-wise",), ("w4a8",), seeds),
-            (("network-wise", "network-wise, steps alike"), ("w4a8",), one),
-            (("network-wise",), ("w3a8",), one),
-            (("network-wise, float inputs",), ("w4a8",), one),
-            (("network-wise",), ("w4g32a8",), one, "emoji-dit"),
-            (("network-wise, codes fixed", "network-wise, 300 of 256 samples"), ("w4a8",), one, "emoji-dit"),
+            (("network-wise, steps alike", "network-wise, 256 trajectories, steps alike"), ("w4a8",), one),
+            (("network-wise",), ("w3a8", "w4g32a8"), one),
         ],
         [
             (best, ("w4g32a8",), one),

@@ -9,11 +9,11 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from study.emoji_rows import FULL_PRECISION, SMALL_MODEL, Row
+from study.emoji_rows import FULL_PRECISION, SMALL_MODEL, TRAJECTORIES, Row
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import RunFolder
@@ -40,6 +40,13 @@ class Study:
     def source(self, model: str) -> str:
         """Returns what `edadm collect` takes as a model: its name, or the folder of `ddpm-emoji`."""
         return str(self.small) if model == SMALL_MODEL else model
+
+    def of(self, row: Row) -> Study:
+        """Returns the study whose trajectories a row learns from: one inside this one if they are more than usual."""
+        count = TRAJECTORIES.get(row.label)
+        if count is None or self.trajectories is not None:  # in a trial, all rows have few
+            return self
+        return replace(self, out=self.out / f"{count}-trajectories", trajectories=count)
 
     def judge(self, model: str) -> Judge:
         """Returns the judge of a model's pictures."""

@@ -206,14 +206,8 @@ ROTATED = {
     for learning, change in (("ranges-only", "+learn.granularity=none"), ("default", ""))
 }
 DEFAULTS = {label: SHIPS[label] for label in ("default", "default, float inputs")}
-NETWORK_WISE = {
-    "network-wise": "network-wise",
-    "network-wise, float inputs": f"network-wise{FLOAT}",
-    "network-wise, codes fixed": "network-wise+learn.network_learning_rate=0.000000001",
-    "network-wise, 300 of 256 samples": "default+learn.network_iterations=300",
-}
 GROUPS = {
-    "network-wise": Group(NETWORK_WISE),
+    "network-wise": Group({"network-wise": "network-wise"}),
     "ships": Group(SHIPS),
     "main": Group(MAIN, seeds=(0, 1, 2, 3, 4)),
     "published": Group(PUBLISHED, seeds=(0, 1, 2, 3, 4)),
