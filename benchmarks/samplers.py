@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study.rows_of_run import print_table, rows_parser
+from study.rows_of_run import load_widths, print_table, rows_parser
 
 FEWEST_JUDGED = 100  # retrieval of fewer pictures says nothing
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -41,23 +41,13 @@ def own_name(scheduler: Any) -> str:
 def measure(run: Path, bits: Sequence[str], images: int, device: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns a row per scheduler and bit width."""
     import diffusers
-    import torch
     from study.emoji_judge import generate, judge, labels, prompts_of
 
     from edadm_cli.artifacts import RunFolder
-    from edadm_cli.artifacts.quantization import load_plan
     from edadm_cli.metrics.distances import relative_l2
     from edadm_cli.models.collected import CollectedRun
-    from edadm_cli.quant.network import load_quant_params, quantize_network
 
-    folder, models = RunFolder(run), {}
-    collected = CollectedRun.open(folder)
-    for width in ("", *bits):
-        models[width] = collected.load(torch.device(device), torch.float32)
-        if width:
-            artifact = folder.open("reconstruct", width)
-            quantize_network(models[width].denoiser, load_plan(artifact))
-            load_quant_params(models[width].denoiser, artifact.tensors("quant_params.safetensors"))
+    collected, models = CollectedRun.open(RunFolder(run)), load_widths(run, ("", *bits), device)
     original = models[""].pipeline.scheduler
     own = own_name(original)
     judged, asked = judge(device), labels(prompts_of(collected, images, 0))

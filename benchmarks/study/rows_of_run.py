@@ -1,4 +1,4 @@
-"""The command line of programs that measure rows on a run of an emoji model, keep them in a file and print a table."""
+"""The command line of programs that measure rows on a run, keep them in a file and print a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edadm_cli.models.loaded import LoadedModel
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -45,3 +48,23 @@ def print_table(options: argparse.Namespace, measure: Callable[[], Rows], table:
         with options.out.open("a", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(row)}\n" for row in rows)
     print(table(rows))
+
+
+def load_widths(run: Path, widths: Sequence[str], device: str) -> dict[str, LoadedModel]:
+    """Returns the pipeline of a run by bit width, with the reconstruction of that width; `""` is full precision."""
+    import torch
+
+    from edadm_cli.artifacts import RunFolder
+    from edadm_cli.artifacts.quantization import load_plan
+    from edadm_cli.models.collected import CollectedRun
+    from edadm_cli.quant.network import load_quant_params, quantize_network
+
+    folder, models = RunFolder(run), {}
+    collected = CollectedRun.open(folder)
+    for width in widths:
+        models[width] = collected.load(torch.device(device), torch.float32)
+        if width:
+            artifact = folder.open("reconstruct", width)
+            quantize_network(models[width].denoiser, load_plan(artifact))
+            load_quant_params(models[width].denoiser, artifact.tensors("quant_params.safetensors"))
+    return models
