@@ -106,7 +106,7 @@ def variant_recipe(variant: str, iterations: int | None) -> tuple[Recipe, int]:
     if iterations is not None:
         fields["learn"]["iterations"] = min(iterations, fields["learn"]["iterations"] or iterations)
     recipe = Recipe.model_validate(fields)
-    return recipe, samples or NUM_SAMPLES * recipe.select.samples_per_trajectory
+    return recipe, samples or recipe.select.num_samples or NUM_SAMPLES * recipe.select.samples_per_trajectory
 
 
 def shared_folder(settings: Settings, job: Job) -> RunFolder:
@@ -169,7 +169,7 @@ def prepare(settings: Settings, job: Job, device: str) -> tuple[RunFolder, Recip
     folder = begun_folder(settings, job)
     chosen = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
     samples = samples if settings.trajectories >= NUM_SAMPLES else min(samples, settings.trajectories)  # a trial
-    select(SelectConfig(num_samples=samples, seed=job.seed, device=device, **chosen), folder)
+    select(SelectConfig(seed=job.seed, device=device, **{**chosen, "num_samples": samples}), folder)
     return folder, recipe
 
 

@@ -93,7 +93,7 @@ def choose(case: Case, folder: RunFolder) -> None:
 
     recipe, samples = variant_recipe(case.variant, None)
     fields = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
-    select(SelectConfig(num_samples=min(samples, case.trajectories), **fields, **case.shared), folder)
+    select(SelectConfig(**{**fields, "num_samples": min(samples, case.trajectories)}, **case.shared), folder)
 
 
 def measure(case: Case, label: str, bits: str, recipe: Recipe) -> None:

@@ -19,7 +19,8 @@ def choose_samples(folder: RunFolder, variant: str, seed: int, device: str, most
     """Chooses the calibration set of a variant, of at most some samples; returns how many come from each step."""
     recipe, samples = variant_recipe(variant, None)
     chosen = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
-    config = SelectConfig(num_samples=min(samples, most or samples), seed=seed, device=device, **chosen)
+    chosen["num_samples"] = min(samples, most or samples)
+    config = SelectConfig(seed=seed, device=device, **chosen)
     return select(config, folder).counts
 
 

@@ -21,7 +21,7 @@ VARIANTS = {
     "network-wise": "network-wise",
     "network-wise, steps alike": "network-wise+learn.network_step_weights=alike",
     "network-wise, 256 trajectories, steps alike": "network-wise+learn.network_step_weights=alike"
-    "+learn.network_samples=4096+select.samples_per_trajectory=4",
+    "+learn.network_samples=4096+select.num_samples=1024+select.samples_per_trajectory=4",
     "thorough": "thorough",
     "thorough, 300 iterations": "thorough+learn.iterations=300",
     "thorough, 300 iterations, all inputs quantized": "thorough+learn.iterations=300+ranges.float_input_share=0",
