@@ -1,8 +1,8 @@
 """Study quantization on the emoji models: recipes, bit widths and seeds, with every metric of quality.
 
-    python benchmarks/emoji.py --out studies/emoji --gpus 0,1 --workers 12
+    python benchmarks/emoji.py --out studies/emoji --gpus 0,1 --workers 14
     python benchmarks/emoji.py --out studies/emoji --table
-    python benchmarks/emoji.py --out studies/emoji --rows docs/data/emoji.jsonl --gpus 0 --workers 12 --images 500
+    python benchmarks/emoji.py --out studies/emoji --rows docs/data/emoji.jsonl --gpus 0 --workers 7 --images 500
     python benchmarks/emoji.py --out studies/emoji --rows docs/data/emoji.jsonl --images 500 --export FILE
     python benchmarks/emoji.py --out studies/emoji --models ddpm-emoji --ddpm-emoji training/weights/ddpm-emoji --gpus 0
     python benchmarks/emoji.py --rows docs/data/emoji.jsonl --table
@@ -53,7 +53,6 @@ from study.emoji_shared import (
     claim,
     collect_trajectories,
     exact_pictures,
-    load,
     make_unclaimed,
     measure_sensitivity,
     ready,
@@ -64,6 +63,7 @@ from study.emoji_steps import table as steps_table
 from study.emoji_summary import table as summary_table
 from study.emoji_table import export, read_results, table
 from study.mps import mps_daemons
+from study.rows_of_run import load_widths
 
 if TYPE_CHECKING:
     from edadm_cli.models.collected import CollectedRun
@@ -81,9 +81,8 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     from study.emoji_judge import generate, labels, load_exact, paired, prompts_of, save_sheet
 
     from edadm_cli.artifacts import RunFolder
-    from edadm_cli.artifacts.quantization import load_plan
     from edadm_cli.config import BitWidth, ReconstructConfig
-    from edadm_cli.quant.network import load_quant_params, quantize_network
+    from edadm_cli.models.collected import CollectedRun
     from edadm_cli.reconstruct.stage import run as reconstruct
 
     started = time.monotonic()
@@ -105,10 +104,8 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     say("learned", row=row.name, seconds=learned_at - started)
     exact_pictures(study, row)
     artifact = folder.open("reconstruct", str(bits))
-    exact, collected = load(study, folder)
-    quantized, _ = load(study, folder)
-    quantize_network(quantized.denoiser, load_plan(artifact))
-    load_quant_params(quantized.denoiser, artifact.tensors("quant_params.safetensors"))
+    collected, models = CollectedRun.open(folder), load_widths(folder.root, ("", str(bits)), study.device)
+    exact, quantized = models[""], models[str(bits)]
     errors = step_errors(study, row, exact, quantized, collected, artifact)
     pictures, latents = generate(quantized, collected, row.seed, study.images, study.batch)
     judged = study.judge(row.model)

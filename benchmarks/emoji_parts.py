@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from study.rows_of_run import print_table, rows_parser
+from study.rows_of_run import load_widths, print_table, rows_parser
 from torch import Tensor, nn
 
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
@@ -114,16 +113,11 @@ def measure(run: Path, bits: str, images: int, device: str) -> list[dict[str, An
     from study.emoji_judge import generate
 
     from edadm_cli.artifacts import RunFolder
-    from edadm_cli.artifacts.quantization import load_plan
     from edadm_cli.metrics.distances import relative_l2
     from edadm_cli.models.collected import CollectedRun
-    from edadm_cli.quant.network import load_quant_params, quantize_network
 
-    folder = RunFolder(run)
-    artifact, collected = folder.open("reconstruct", bits), CollectedRun.open(folder)
-    exact, quantized = (CollectedRun.open(folder).load(torch.device(device), torch.float32) for _ in range(2))
-    quantize_network(quantized.denoiser, load_plan(artifact))
-    load_quant_params(quantized.denoiser, artifact.tensors("quant_params.safetensors"))
+    collected, models = CollectedRun.open(RunFolder(run)), load_widths(run, ("", bits), device)
+    exact, quantized = models[""], models[bits]
     net, layers = quantized.denoiser, quantized_layers(quantized.denoiser)
     weights = exact_weights(exact.denoiser, net)
     reference = generate(exact, collected, 0, images, images)[1]

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from study.emoji_rows import FULL_PRECISION, SMALL_MODEL, TRAJECTORIES, Row
+from study.rows_of_run import load_widths
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import RunFolder
-    from edadm_cli.models.collected import CollectedRun
-    from edadm_cli.models.loaded import LoadedModel
     from study.emoji_judge import Judge
 
 
@@ -95,10 +94,11 @@ def measure_sensitivity(study: Study, model: str, seed: int) -> dict[str, Any]:
 def generate_exact(study: Study, model: str, seed: int) -> dict[str, Any]:
     """Generates the full-precision pictures of a seed, and judges them."""
     from edadm_cli.artifacts import RunFolder
+    from edadm_cli.models.collected import CollectedRun
     from study.emoji_judge import generate, labels, prompts_of, save_exact, save_sheet
 
     started, folder = time.monotonic(), RunFolder(study.shared(model, seed))
-    exact, collected = load(study, folder)
+    exact, collected = load_widths(folder.root, ("",), study.device)[""], CollectedRun.open(folder)
     pictures, latents = generate(exact, collected, seed, study.images, study.batch)
     judged = study.judge(model)
     features = judged.features(pictures)
@@ -115,15 +115,6 @@ def card(device: str) -> str:
     import torch
 
     return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
-
-
-def load(study: Study, folder: RunFolder) -> tuple[LoadedModel, CollectedRun]:
-    """Loads the full-precision pipeline of a run."""
-    import torch
-
-    from edadm_cli.models.collected import CollectedRun
-
-    return CollectedRun.open(folder).load(torch.device(study.device), torch.float32), CollectedRun.open(folder)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -207,7 +207,7 @@ ROTATED = {
 }
 DEFAULTS = {label: SHIPS[label] for label in ("default", "default, float inputs")}
 GROUPS = {
-    "network-wise": Group({"network-wise": "network-wise"}),
+    "network-wise": Group({"network-wise": "network-wise"}),  # with --trajectories 1024, as `edadm run` collects for it
     "ships": Group(SHIPS),
     "main": Group(MAIN, seeds=(0, 1, 2, 3, 4)),
     "published": Group(PUBLISHED, seeds=(0, 1, 2, 3, 4)),

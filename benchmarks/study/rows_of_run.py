@@ -1,4 +1,4 @@
-"""The command line of programs that measure rows on a run, keep them in a file and print a table."""
+"""What programs share that measure rows on a run: their command line, their table, and how they load the run."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.hooks import Hooks
-from edadm_cli.models.pipeline_calls.backward_sweep import gradients_through, sweep_back
+from edadm_cli.models.pipeline_calls.backward_sweep import gradients_through, sum_of_branches, sweep_back
 from edadm_cli.models.pipeline_calls.recorded_sampling import RecordedCall, RecordedSampling
 from edadm_cli.sensitivity.candidates import LayerCandidates
 
@@ -44,7 +44,10 @@ class Effects:
     Attributes:
         layers: By the place of the denoiser and the layer's name, <v, dx_0> of each direction, candidate and image,
             with shape `(K, count, N)`, float64.
-        gains: The gains of the steps, as `sweep_back` returns them.
+        gains: The gains of the steps by the denoiser's place, with shape `(T, N)`, float64. A gain is the squared
+            change of the final sample per squared change of the predictions of a step, both as means over their
+            elements. The change of the predictions is random, and the same in all branches of guidance. Gains are means
+            over the directions.
     """
 
     layers: dict[str, dict[str, Tensor]]
@@ -74,14 +77,27 @@ def measure_effects(
         place: {name: sums.repeat(1, layer.count, 1) for name, layer in named.items()}
         for place, named in candidates.items()
     }
+    gradients: dict[str, list[Tensor]] = {place: [] for place in num_steps}  # of a change that all branches share
 
     def through(call: RecordedCall, adjoints: Sequence[Tensor]) -> list[list[Tensor]]:
         inputs, changes = _through_call(denoisers[call.place], call, candidates[call.place], adjoints, images)
         for name, change in changes.items():
             layers[call.place][name] += change
+        gradients[call.place].insert(0, torch.stack([sum_of_branches(adjoint, images) for adjoint in adjoints]))
         return inputs
 
-    return Effects(layers, sweep_back(recorded, directions, num_steps, through))
+    sweep_back(recorded, directions, through)
+    squares = directions.double().flatten(2).square().sum(2).mean(0)
+    gains = {place: _squares_of_steps(each, num_steps[place]) / squares for place, each in gradients.items()}
+    return Effects(layers, gains)
+
+
+def _squares_of_steps(of_calls: Sequence[Tensor], num_steps: int) -> Tensor:
+    """Returns the squares of the gradients `[K, N, D]` of each step, summed over D and its calls, as `[T, N]`."""
+    per_step, rest = divmod(len(of_calls), num_steps)
+    per_step = 1 if rest else max(1, per_step)
+    steps = [torch.stack(list(of_calls[i : i + per_step])).sum(0) for i in range(0, len(of_calls), per_step)]
+    return torch.stack([step.double().square().sum(2).mean(0) for step in steps])
 
 
 def _through_call(

@@ -1,8 +1,9 @@
 """Takes random directions of the final sample back through all calls of a recorded sampler.
 
-A change e_t of the prediction of step t changes the final sample by J_t e_t to first order. How large that change is
-for a random e_t follows from the sum of the squares of J_t's entries. One sweep back through the sampler estimates this
-sum for all steps at once: for a direction v of independent standard normal numbers, it is the mean of |J_t^T v|^2.
+A change e_t of the prediction of call t changes the final sample by J_t e_t to first order. For a direction v of the
+final sample, one sweep back through the sampler computes J_t^T v of all calls. Over directions of independent standard
+normal numbers, the mean of <J_t^T v, e_t>^2 is |J_t e_t|^2, and that of |J_t^T v|^2 is the sum of the squares of J_t's
+entries, by which a random change counts.
 
 References:
     Hutchinson's estimator of the trace of J^T J (https://doi.org/10.1080/03610919008812866).
@@ -89,38 +90,26 @@ def random_directions(final: Tensor, seeds: Sequence[int], seed: int) -> Tensor:
 def sweep_back(
     recorded: RecordedSampling,
     directions: Tensor,
-    num_steps: Mapping[str, int],
     through: Through,
     advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, Tensor]:
+) -> None:
     """Takes directions back through all calls, the last one first.
 
     Args:
         recorded: The run of the sampler.
         directions: K random directions, with shape `(K, N, *)`.
-        num_steps: By the place of each denoiser, the steps at which it is called; each call is a step of its own where
-            they differ in their number of calls.
-        through: What takes adjoints back through one call.
+        through: What takes adjoints back through one call. It keeps what its caller wants to know of them.
         advance: Progress callback, called after every call.
-
-    Returns:
-        The gains of the steps by the denoiser's place, with shape `(T, N)`, float64. A gain is the squared change of
-        the final sample per squared change of the predictions of a step, both as means over their elements. The change
-        of the predictions is random, and the same in all branches of guidance. Gains are means over the directions.
     """
-    count, images = directions.shape[:2]
-    of_steps: dict[str, list[Tensor]] = {place: [] for place in num_steps}
+    count = len(directions)
     later: list[dict[int, list[Tensor]]] = [{} for _ in range(count)]  # of each direction
     for index in reversed(range(len(recorded.calls))):
         call = recorded.calls[index]
         adjoints = [recorded.adjoint(index, directions[k], later[k]) for k in range(count)]
         filled = [torch.zeros_like(call.prediction) if adjoint is None else adjoint for adjoint in adjoints]
-        of_steps[call.place].insert(0, torch.stack([_guided(adjoint, images) for adjoint in filled]))
         for of_direction, inputs in zip(later, through(call, filled), strict=True):
             of_direction[index] = inputs
         advance(1)
-    squares = directions.double().flatten(2).square().sum(2).mean(0)
-    return {place: _gains(each, num_steps[place]) / squares for place, each in of_steps.items()}
 
 
 def gradients_through(
@@ -214,28 +203,20 @@ def error_effects(
             args, kwargs, _ = call.with_leaves()
             with torch.no_grad():
                 error = prediction_of(quantized(*args, **kwargs)) - call.prediction
-                moved = torch.stack([_guided(adjoint * error, count).double().sum(1) for adjoint in adjoints])
+                moved = torch.stack([sum_of_branches(adjoint * error, count).double().sum(1) for adjoint in adjoints])
             effects.insert(0, moved.square().mean(0).sqrt())
         return gradients_through(denoisers[call.place].denoiser, call, adjoints, {})[0]
 
     with explained_gradients(model):
         recorded = record_images(model, sampling, images)
         directions = random_directions(recorded.final, sampling.seeds[images], seed)
-        sweep_back(recorded, directions, dict.fromkeys(denoisers, 1), through, advance)
+        sweep_back(recorded, directions, through, advance)
     of_images = torch.stack(effects)
     if not bool(of_images.isfinite().all()):
         raise NoGradientError(f"{model.ref.id}: the gradient of the final sample is not finite.")
     return of_images.clamp_min(_SMALLEST_EFFECT).log().mean(1).exp()
 
 
-def _guided(adjoint: Tensor, images: int) -> Tensor:
-    """Returns the gradient with respect to a change that all branches of a call have in common, `[N, D]`."""
-    return adjoint.reshape(-1, images, adjoint[0].numel()).sum(0)
-
-
-def _gains(of_calls: Sequence[Tensor], num_steps: int) -> Tensor:
-    """Returns the squares of the gradients `[K, N, D]` of each step, summed over D and its calls, as `[T, N]`."""
-    per_step, rest = divmod(len(of_calls), num_steps)
-    per_step = 1 if rest else max(1, per_step)
-    steps = [torch.stack(list(of_calls[i : i + per_step])).sum(0) for i in range(0, len(of_calls), per_step)]
-    return torch.stack([step.double().square().sum(2).mean(0) for step in steps])
+def sum_of_branches(values: Tensor, images: int) -> Tensor:
+    """Returns the sum over the branches of guidance, `[N, D]`, of values of all rows of a call, `[branches * N, *]`."""
+    return values.reshape(-1, images, values[0].numel()).sum(0)
