@@ -66,8 +66,11 @@ class Batches:
 
     def step_of_rows(self) -> list[int]:
         """Returns the position in the sampler's loop of each row, in the order of the row numbers."""
-        steps = self.calibration.step_index.tolist()
-        return [steps[index] for part in self.indices() for _ in range(self.calibration.branches) for index in part]
+        return self._of_rows(self.calibration.step_index.tolist())
+
+    def trajectory_of_rows(self) -> list[int]:
+        """Returns the number of the trajectory that each row comes from, in the order of the row numbers."""
+        return self._of_rows(self.calibration.trajectory_index.tolist())
 
     def of_every_step(self, count: int) -> list[int]:
         """Returns the indices of about `count` samples, as many of each step as it has, in the order of the steps.
@@ -77,6 +80,10 @@ class Batches:
         steps = self.calibration.step_index[: self.num_samples]
         each = max(1, count // len(steps.unique()))
         return [int(index) for step in steps.unique() for index in (steps == step).nonzero().flatten()[:each]]
+
+    def _of_rows(self, values: Sequence[int]) -> list[int]:
+        """Returns the value of each row's sample; there is one per sample."""
+        return [values[index] for part in self.indices() for _ in range(self.calibration.branches) for index in part]
 
     def call(self, indices: Sequence[int]) -> Call:
         """Returns the arguments of the denoiser for some samples."""

@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,12 +31,14 @@ from edadm_cli.recipe import ChannelValue
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.call_signatures import UnitForm, probe_units
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
+from edadm_cli.reconstruct.held_back import RowSplit
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.rows import RowCache, Rows, RowType, chunks
 from edadm_cli.reconstruct.trainer import UnitLearner
 from edadm_cli.reconstruct.unit_data import UnitData, UnitResult, channel_loss, on_device, row_losses, scaled_rows
 
+_CHECKS = 20  # of the loss on what is held back, while learning goes on
 _SMALLEST_ERROR = 1e-6  # of a step, as a share of the largest error of a step
 _KEPT_PER_LAYER = 6  # tensors of the size of a layer's output: quantized inputs, norms, activation functions, attention
 _MEMORY_SHARE = 0.5  # of the memory of a GPU that is free, or of all memory without one
@@ -81,7 +84,9 @@ def activation_bytes(form: UnitForm) -> int:
 
 
 class WholeLearner(UnitLearner):
-    """Learns the whole denoiser; the rows of a step go through it in parts, so that their activations fit into memory.
+    """Learns the whole denoiser, and keeps what had the smallest loss on the rows that were held back.
+
+    The rows of a step go through the denoiser in parts, so that their activations fit into memory.
 
     Args:
         rows_at_once: The rows of a part. In several parts, each part is computed twice, once more for its gradients.
@@ -90,8 +95,34 @@ class WholeLearner(UnitLearner):
     """
 
     def __init__(self, rows_at_once: int, rows_evaluated: int, *arguments: Any) -> None:
-        self.rows_at_once, self.rows_evaluated = rows_at_once, rows_evaluated
+        self.rows_at_once, self._rows_evaluated = rows_at_once, rows_evaluated
+        self._best: tuple[float, dict[str, Tensor]] | None = None
         super().__init__(*arguments)
+
+    @property
+    def rows_evaluated(self) -> int:
+        """The rows of a forward without gradients."""
+        return self._rows_evaluated
+
+    def learn(self, advance: Callable[[int], None] = lambda _: None) -> UnitResult:
+        """Runs the optimizer, and returns the parameters of the check with the smallest loss; see `UnitLearner`."""
+        result = super().learn(advance)
+        losses = result.losses
+        if self._best is None or self._best[0] >= min(losses.loss_before, losses.loss_after):
+            return result
+        loss, params = self._best
+        return UnitResult(
+            params, losses.model_copy(update={"loss_after": loss, "loss_soft": loss, "is_nearest": False})
+        )
+
+    def after_iteration(self, iteration: int) -> None:
+        """Compares the loss now and then, if rows are held back."""
+        every = max(1, self.hyperparameters.iterations // _CHECKS)
+        if self.split.learned is self.split.compared or (iteration + 1) % every:
+            return
+        loss = self.reconstruction_loss()
+        if math.isfinite(loss) and (self._best is None or loss < self._best[0]):
+            self._best = loss, self.learned.params()
 
     def loss(self) -> Tensor:
         """Returns this process's share of the loss of the chosen rows."""
@@ -113,9 +144,6 @@ class WholeLearner(UnitLearner):
         outputs = self.data.full_precision.outputs_of(self.module(*args, **kwargs))
         pairs = zip(scaled_rows(outputs, *factors), scaled_rows(targets, *factors), strict=True)
         return len(part) * torch.stack([channel_loss(*pair) for pair in pairs]).sum()
-
-    def _row_parts(self) -> list[range]:
-        return chunks(self.data.quantized.rows, self.rows_evaluated)
 
 
 def _rows(tensor: Tensor, part: range, size: int) -> Tensor:
@@ -161,7 +189,8 @@ class WholeReconstruction:
     ) -> UnitResult:
         """Returns the parameters of all layers of `whole`, and the losses of the prediction.
 
-        If learning made the prediction worse, the parameters are those that the units had learned.
+        Some trajectories are held back (`RowSplit`), and the losses are theirs. The parameters are those with the
+        smallest one: after some of the iterations, or what the units had learned if nothing made the prediction better.
 
         Args:
             whole: The result of `whole_denoiser`.
@@ -177,12 +206,12 @@ class WholeReconstruction:
         """
         calls = self._capture(whole, cache, processes)
         factors = self._row_factors(calls, cache, processes)
-        data = UnitData(calls, calls, {}, factors)
+        data, split = UnitData(calls, calls, {}, factors), RowSplit.of(self.batches.trajectory_of_rows())
         rows_at_once = min(self.hyperparameters.batch_size, self._rows_that_fit(calls.form))
         while True:
             arguments = (self.network, whole, self.plan, self.ranges, data, self.hyperparameters, seed, processes)
             try:
-                learner = WholeLearner(rows_at_once, self.batches.batch_size, *arguments, learned)
+                learner = WholeLearner(rows_at_once, self.batches.batch_size, *arguments, learned, split)
                 result = learner.learn(advance)
                 break
             except torch.OutOfMemoryError as error:

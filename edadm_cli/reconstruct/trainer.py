@@ -16,7 +16,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from edadm_cli.processes import ALONE, Processes
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.quant.rounding import rounding_regularizer, sharpness_at
 from edadm_cli.reconstruct.capture import layer_outputs
+from edadm_cli.reconstruct.held_back import RowSplit
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.minibatch import MiniBatch
 from edadm_cli.reconstruct.network import SwitchableNetwork
@@ -75,6 +76,7 @@ class UnitLearner:
             nothing.
         processes: The processes that learn the unit together; each takes a part of the rows of every step.
         learned: What the unit's layers have learned before, where learning goes on from it.
+        split: The rows to learn from, and those with which the loss is compared; by default all rows are both.
     """
 
     def __init__(
@@ -88,8 +90,11 @@ class UnitLearner:
         seed: int,
         processes: Processes = ALONE,
         learned: Mapping[str, Tensor] | None = None,
+        split: RowSplit | None = None,
     ) -> None:
         self.network, self.unit, self.data = network, unit, data
+        rows = range(data.quantized.rows)
+        self.split = split or RowSplit(rows, rows)
         self.hyperparameters, self.processes, self.device = hyperparameters, processes, network.device
         self.share = Share.of(hyperparameters.batch_size, processes)
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -206,8 +211,12 @@ class UnitLearner:
                 loss = loss.clone()
                 self.processes.sum(loss)
                 curve.append(loss)
+            self.after_iteration(iteration)
             advance(1)
         return torch.stack(curve).tolist() if curve else []
+
+    def after_iteration(self, iteration: int) -> None:
+        """Does nothing after an iteration; see `WholeLearner`."""
 
     def loss(self) -> Tensor:
         """Returns this process's share of the loss of the chosen rows, from one forward of the quantized unit."""
@@ -252,7 +261,7 @@ class UnitLearner:
 
     @torch.no_grad()
     def reconstruction_loss(self, decided: bool = True) -> float:
-        """Returns the block loss over all rows of the partly quantized network's inputs, every activation quantized.
+        """Returns the mean block loss over the rows that are compared, every activation quantized.
 
         Processes share the rows, and the sum does not depend on their number.
 
@@ -263,7 +272,7 @@ class UnitLearner:
         for number, count, outputs, targets in self._outputs(decided):
             each = [channel_loss(output, target) for output, target in zip(outputs, targets, strict=True)]
             losses[number] = count * torch.stack(each).sum()
-        return float(self._summed(losses)) / self.data.quantized.rows
+        return float(self._summed(losses)) / len(self.split.compared)
 
     def _outputs(self, decided: bool) -> Iterator[tuple[int, int, list[Tensor], list[Tensor]]]:
         """Yields the number, rows, outputs and targets of each part of the rows that is this process's."""
@@ -282,8 +291,15 @@ class UnitLearner:
             yield number, len(places), outputs, targets
         self.activation_drop.active, self.learned.decided = True, False
 
-    def _row_parts(self) -> list[range]:
-        return chunks(self.data.quantized.rows, max(self.hyperparameters.batch_size, EVALUATED_ROWS))
+    def _row_parts(self) -> list[Sequence[int]]:
+        """Returns the rows that are compared, divided into the parts that go through the unit at once."""
+        rows = self.split.compared
+        return [rows[part.start : part.stop] for part in chunks(len(rows), self.rows_evaluated)]
+
+    @property
+    def rows_evaluated(self) -> int:
+        """The rows of a forward without gradients."""
+        return max(self.hyperparameters.batch_size, EVALUATED_ROWS)
 
     def _summed(self, values: Mapping[int, Tensor]) -> Tensor:
         """Returns the sum over all parts of the rows in float64; the order of addition does not depend on processes."""
@@ -316,8 +332,8 @@ class UnitLearner:
 
     def _next_rows(self) -> list[int]:
         """Returns the rows of the next step; all processes generate the same ones, and each takes its part."""
-        rows = torch.randint(self.data.quantized.rows, (self.hyperparameters.batch_size,), generator=self.order)
-        return rows[self.share.start : self.share.stop].tolist()
+        chosen = torch.randint(len(self.split.learned), (self.hyperparameters.batch_size,), generator=self.order)
+        return [self.split.learned[number] for number in chosen[self.share.start : self.share.stop].tolist()]
 
     def optimization(self, phase: Phase | None = None) -> Optimization:
         """Returns Adam for the values that a phase learns (all without a phase), at the recipe's initial rates."""

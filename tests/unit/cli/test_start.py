@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from edadm_cli.__main__ import main
+from edadm_cli.cli.start import main
 
 
 class Interrupted(ModuleType):

@@ -16,6 +16,7 @@ from edadm_cli.quant.plan import LayerPlan
 from edadm_cli.recipe import AttentionRecipe, Recipe, TransformRule
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
+from edadm_cli.reconstruct.held_back import RowSplit
 from edadm_cli.reconstruct.learned_values import StraightThroughCodes
 from edadm_cli.reconstruct.network_wise import WholeLearner, WholeReconstruction, step_weights, whole_denoiser
 from edadm_cli.reconstruct.unit_data import UnitData
@@ -158,3 +159,46 @@ def test_steps_count_alike_or_by_how_far_their_errors_move_the_final_sample() ->
     torch.testing.assert_close(shares, torch.tensor([9.0, 4.0], dtype=torch.float64) / 13)
     assert float((by_effect[steps] * losses).mean()) == pytest.approx(1)
     assert bool(step_weights(torch.zeros(4, dtype=torch.float64), steps, None)[steps].isfinite().all())
+
+
+def test_an_eighth_of_the_trajectories_is_held_back() -> None:
+    trajectories = [row // 3 for row in range(3 * 40)]
+    split = RowSplit.of(trajectories)
+    assert [trajectories[row] for row in split.compared] == [number for number in range(35, 40) for _ in range(3)]
+    assert sorted([*split.learned, *split.compared]) == list(range(len(trajectories)))
+    many = RowSplit.of([row % 800 for row in range(80_000)])
+    assert len(many.compared) <= 1024
+    assert len({row % 800 for row in many.compared} & {row % 800 for row in many.learned}) == 0
+    few = RowSplit.of([0, 1, 2, 2])
+    assert list(few.learned) == list(few.compared) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ([1.0, 0.9, 0.5, 0.7, 0.8, 0.8], 2),  # before, three checks, soft and hard at the end
+        ([1.0, 0.9, 0.8, 0.7, 0.6, 0.6], None),  # the end is the best
+        ([1.0, 1.1, 1.2, 1.3, 1.4, 1.4], 0),  # nothing got better
+    ],
+)
+def test_what_was_best_on_the_rows_that_were_held_back_is_kept(
+    make_setting: MakeSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: list[float], kept: int | None
+) -> None:
+    setting = make_setting("w3a8", **FIELDS | {"network_iterations": 3})
+    units, reconstruction = setting.units(), _reconstruction(setting, tmp_path)
+    reconstruction.run(units, lambda _: None)
+    given, states = iter(losses), []
+
+    def loss(learner: WholeLearner, decided: bool = True) -> float:
+        states.append(learner.learned.params())
+        return next(given)
+
+    monkeypatch.setattr(WholeLearner, "reconstruction_loss", loss)
+    monkeypatch.setattr(RowSplit, "of", lambda _: RowSplit([0, 1, 2], [3]))
+    result = reconstruction.learn_together(units, len(units), setting.batches, lambda _: None)
+    assert next(given, None) is None
+    expected = states[-1 if kept is None else kept]
+    assert all(torch.equal(reconstruction.params[name], tensor) for name, tensor in expected.items())
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+    assert result.is_nearest == (kept == 0)
+    assert result.loss_after == losses[-1 if kept is None else kept]
