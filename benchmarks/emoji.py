@@ -22,6 +22,7 @@ are those of the calibration trajectories, because `collect` and `evaluate` draw
 - `one_step`, `guided`: relative L2 error of single predictions on other full-precision trajectories (`--held-out`
   of them), of both branches and of the guided combination; `held_out`: loss of the units on them;
 - `final`: relative L2 distance of the final latent to full precision of the same seed, mean over the pictures;
+  `final_new`: over those whose prompt no trajectory of the collection has, where they are 100 or more;
 - `ssim`, `perceptual`, `perceptual_imagenet`: comparison of the pictures with full precision of the same seed; the last
   two use the features of the emoji encoder and of EfficientNet-Lite0;
 - `frechet`, `frechet_spatial`: distance to the training pictures, in the features of the emoji encoder;
@@ -78,7 +79,7 @@ BUDGET_MIB, LARGEST_BUDGET_MIB = 4096, 24576  # memory of a row's inputs and tar
 def measure(study: Study, row: Row) -> dict[str, Any]:
     """Selects, reconstructs and judges one row."""
     from study.emoji_budget import VARIANT, choose_samples, link_sensitivity
-    from study.emoji_judge import generate, labels, load_exact, paired, prompts_of, save_sheet
+    from study.emoji_judge import generate, labels, load_exact, new_prompts, paired, prompts_of, save_sheet
 
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.config import BitWidth, ReconstructConfig
@@ -111,6 +112,7 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     judged = study.judge(row.model)
     features = judged.features(pictures)
     alone = judged.metrics(features, labels(prompts_of(collected, len(pictures), row.seed)))
+    is_new = new_prompts(collected, len(pictures), row.seed)
     if row.seed == 0:
         save_sheet(pictures, study.out / "pictures" / f"{row.name}.webp")
     if not study.keep:
@@ -125,7 +127,7 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
         "row_seconds": round(time.monotonic() - started, 1),
         **errors,
         "images": len(pictures),
-        **paired(pictures, latents, features, load_exact(source, len(pictures)), study.device),
+        **paired(pictures, latents, features, load_exact(source, len(pictures)), is_new, study.device),
         **alone,
     }
 

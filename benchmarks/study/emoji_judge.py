@@ -31,6 +31,7 @@ from edadm_cli.models.shipped import shipped_prompts
 
 COLUMNS = 12
 SHOWN = 48  # pictures of a row that are saved
+FEWEST_NEW = 100  # pictures with new prompts whose mean distance is stated
 
 
 def prompts_of(collected: CollectedRun, count: int, seed: int) -> list[str] | None:
@@ -177,13 +178,26 @@ def load_exact(folder: RunFolder, count: int) -> tuple[Tensor, Tensor, dict[str,
     return tensors["pictures"], tensors["latents"], features
 
 
+def new_prompts(collected: CollectedRun, count: int, seed: int) -> Tensor:
+    """Returns which of the judged pictures have a prompt that no trajectory of the collection has, `[count]`."""
+    prompts, known = prompts_of(collected, count, seed), set(collected.prompts or ())
+    return torch.tensor([prompts is not None and prompts[number] not in known for number in range(count)])
+
+
 def paired(
-    pictures: Tensor, latents: Tensor, features: dict[str, Features], reference: Any, device: str
+    pictures: Tensor, latents: Tensor, features: dict[str, Features], reference: Any, is_new: Tensor, device: str
 ) -> dict[str, float]:
-    """Returns the distances to full precision of the same seeds."""
+    """Returns the distances to full precision of the same seeds.
+
+    `final_new` is the distance of the final latents over the pictures with prompts that are new, `is_new`; it is left
+    out if there are fewer than 100.
+    """
     exact, exact_latents, exact_features = reference
+    distances = relative_l2(latents, exact_latents)
+    new = {"final_new": float(distances[is_new].mean())} if int(is_new.sum()) >= FEWEST_NEW else {}
     return {
-        "final": float(relative_l2(latents, exact_latents).mean()),
+        "final": float(distances.mean()),
+        **new,
         "ssim": float(ssim(pictures.to(device), exact.to(device)).mean()),
         "perceptual": float(perceptual_distance(features["emoji"], exact_features["emoji"]).mean()),
         "perceptual_imagenet": float(perceptual_distance(features["imagenet"], exact_features["imagenet"]).mean()),

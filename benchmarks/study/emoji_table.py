@@ -18,6 +18,7 @@ METRICS = {
     "guided": "guided",
     "held_out": "held-out loss",
     "final": "relative L2",
+    "final_new": "relative L2, new prompts",
     "ssim": "SSIM",
     "perceptual_imagenet": "perceptual, ImageNet",
     "frechet": "Fréchet, emoji",
