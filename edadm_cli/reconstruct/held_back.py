@@ -27,6 +27,11 @@ class RowSplit:
     learned: Sequence[int]
     compared: Sequence[int]
 
+    @property
+    def holds_back(self) -> bool:
+        """Returns whether there are rows that are compared and not learned from."""
+        return self.learned != self.compared
+
     @classmethod
     def of(cls, trajectories: Sequence[int]) -> Self:
         """Holds back the last trajectories.

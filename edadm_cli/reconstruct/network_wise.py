@@ -118,7 +118,7 @@ class WholeLearner(UnitLearner):
     def after_iteration(self, iteration: int) -> None:
         """Compares the loss now and then, if rows are held back."""
         every = max(1, self.hyperparameters.iterations // _CHECKS)
-        if self.split.learned is self.split.compared or (iteration + 1) % every:
+        if not self.split.holds_back or (iteration + 1) % every:
             return
         loss = self.reconstruction_loss()
         if math.isfinite(loss) and (self._best is None or loss < self._best[0]):

@@ -171,6 +171,7 @@ def test_an_eighth_of_the_trajectories_is_held_back() -> None:
     assert len({row % 800 for row in many.compared} & {row % 800 for row in many.learned}) == 0
     few = RowSplit.of([0, 1, 2, 2])
     assert list(few.learned) == list(few.compared) == [0, 1, 2, 3]
+    assert (split.holds_back, few.holds_back) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -187,16 +188,19 @@ def test_what_was_best_on_the_rows_that_were_held_back_is_kept(
     setting = make_setting("w3a8", **FIELDS | {"network_iterations": 3})
     units, reconstruction = setting.units(), _reconstruction(setting, tmp_path)
     reconstruction.run(units, lambda _: None)
-    given, states = iter(losses), []
+    given, states, rows = iter(losses), [], []
 
     def loss(learner: WholeLearner, decided: bool = True) -> float:
         states.append(learner.learned.params())
+        rows.append((set(learner.rows), learner._row_parts()))
         return next(given)
 
     monkeypatch.setattr(WholeLearner, "reconstruction_loss", loss)
     monkeypatch.setattr(RowSplit, "of", lambda _: RowSplit([0, 1, 2], [3]))
     result = reconstruction.learn_together(units, len(units), setting.batches, lambda _: None)
     assert next(given, None) is None
+    assert all(learned <= {0, 1, 2} and compared == [[3]] for learned, compared in rows)
+    assert any(len(learned) > 1 for learned, _ in rows)
     expected = states[-1 if kept is None else kept]
     assert all(torch.equal(reconstruction.params[name], tensor) for name, tensor in expected.items())
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
